@@ -1,0 +1,188 @@
+"""Varlink interface definitions: a parser, and checks of parameters against it.
+
+Parameters that an interface does not name, and values of another type than it
+says, are errors: a typo must not be a silent default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+Json = Any
+Check = Callable[[Json], bool]
+
+
+class IdlError(ValueError):
+    """An interface definition does not parse; names the place."""
+
+
+@dataclass(frozen=True)
+class Type:
+    """A type of the interface language. `kind` is bool, int, float, string, object, struct,
+    enum, array, map, maybe or name; the other fields belong to some of these."""
+
+    kind: str
+    element: Type | None = None
+    fields: Mapping[str, Type] = field(default_factory=dict)
+    values: tuple[str, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    parameters: Type
+    reply: Type
+
+
+@dataclass(frozen=True)
+class Interface:
+    name: str
+    description: str
+    """The definition's own text, as `GetInterfaceDescription` returns it."""
+    types: Mapping[str, Type]
+    methods: Mapping[str, Method]
+    errors: Mapping[str, Type]
+
+    def wrong_parameter(self, method: str, parameters: Mapping[str, Json]) -> str | None:
+        """The name of the first parameter of a call that does not fit, or None."""
+        return self._wrong(self.methods[method].parameters, parameters)
+
+    def wrong_reply(self, method: str, reply: Mapping[str, Json]) -> str | None:
+        """The same for a reply."""
+        return self._wrong(self.methods[method].reply, reply)
+
+    def _wrong(self, struct: Type, values: Mapping[str, Json]) -> str | None:
+        for name in values:
+            if name not in struct.fields:
+                return name
+        for name, kind in struct.fields.items():
+            if not self._fits(kind, values.get(name)):
+                return name
+        return None
+
+    def _fits(self, t: Type, value: Json) -> bool:
+        match t.kind:
+            case "maybe":
+                assert t.element
+                return value is None or self._fits(t.element, value)
+            case "bool":
+                return isinstance(value, bool)
+            case "int":
+                return isinstance(value, int) and not isinstance(value, bool)
+            case "float":
+                return isinstance(value, (int, float)) and not isinstance(value, bool)
+            case "string":
+                return isinstance(value, str)
+            case "object":
+                return isinstance(value, dict)
+            case "enum":
+                return isinstance(value, str) and value in t.values
+            case "array":
+                assert t.element
+                return isinstance(value, list) and all(self._fits(t.element, v) for v in value)
+            case "map":
+                assert t.element
+                return isinstance(value, dict) and all(
+                    self._fits(t.element, v) for v in value.values()
+                )
+            case "struct":
+                return isinstance(value, dict) and self._wrong(t, value) is None
+        return self._fits(self.types[t.name], value)
+
+
+_TOKEN = re.compile(
+    r"(?P<space>[ \t\r\n]+|#[^\n]*)|(?P<arrow>->)|(?P<word>[A-Za-z][A-Za-z0-9_.\-]*)"
+    r"|(?P<array>\[\])|(?P<map>\[string\])|(?P<sign>[():,?])"
+)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._tokens: list[tuple[str, int]] = []
+        at = 0
+        while at < len(text):
+            found = _TOKEN.match(text, at)
+            if not found:
+                raise IdlError(f"line {text.count(chr(10), 0, at) + 1}: unexpected {text[at]!r}")
+            if found.lastgroup != "space":
+                self._tokens.append((found.group(), text.count("\n", 0, at) + 1))
+            at = found.end()
+        self._at = 0
+
+    def peek(self) -> str:
+        return self._tokens[self._at][0] if self._at < len(self._tokens) else ""
+
+    def take(self, expected: str = "") -> str:
+        token = self.peek()
+        line = self._tokens[min(self._at, len(self._tokens) - 1)][1]
+        if not token or (expected and token != expected):
+            raise IdlError(f"line {line}: expected {expected or 'more'}, found {token or 'the end'}")
+        self._at += 1
+        return token
+
+    def type(self) -> Type:
+        token = self.peek()
+        if token == "?":
+            self.take()
+            return Type("maybe", element=self.type())
+        if token in ("[]", "[string]"):
+            self.take()
+            return Type("array" if token == "[]" else "map", element=self.type())
+        if token == "(":
+            return self.struct_or_enum()
+        word = self.take()
+        if word in ("bool", "int", "float", "string", "object"):
+            return Type(word)
+        return Type("name", name=word)
+
+    def struct_or_enum(self) -> Type:
+        self.take("(")
+        fields: dict[str, Type] = {}
+        values: list[str] = []
+        while self.peek() != ")":
+            name = self.take()
+            if self.peek() == ":":
+                self.take()
+                fields[name] = self.type()
+            else:
+                values.append(name)
+            if self.peek() == ",":
+                self.take()
+        self.take(")")
+        if fields and values:
+            raise IdlError(f"{values[0]}: a field without a type")
+        return Type("enum", values=tuple(values)) if values else Type("struct", fields=fields)
+
+
+def parse_interface(text: str) -> Interface:
+    """Parses one interface definition. Raises `IdlError` with the line."""
+    p = _Parser(text)
+    p.take("interface")
+    name = p.take()
+    types: dict[str, Type] = {}
+    methods: dict[str, Method] = {}
+    errors: dict[str, Type] = {}
+    while p.peek():
+        what, member = p.take(), p.take()
+        if what == "type":
+            types[member] = p.struct_or_enum()
+        elif what == "error":
+            errors[member] = p.struct_or_enum()
+        elif what == "method":
+            parameters = p.struct_or_enum()
+            p.take("->")
+            methods[member] = Method(member, parameters, p.struct_or_enum())
+        else:
+            raise IdlError(f"{what} is not type, method or error")
+    return Interface(name, text, types, methods, errors)
+
+
+def load_interface(name: str) -> Interface:
+    """One of the interfaces that this package ships, by its full name."""
+    file = resources.files("aa.varlink").joinpath(f"{name}.varlink")
+    return parse_interface(file.read_text(encoding="utf-8"))
