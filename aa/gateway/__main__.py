@@ -1,0 +1,177 @@
+"""The aa-gateway daemon: sockets from systemd, one more per run, and the state behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from aa import config as configuration
+from aa import paths
+from aa.audit.file import AuditFile
+from aa.audit.journal import Journal
+from aa.audit.log import AuditLog
+from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
+from aa.gateway.gateway import Gateway
+from aa.gateway.interfaces import control_service, enforce_service, run_service
+from aa.gateway.runs import RegistryCorrupt, RunRegistry
+from aa.gateway.source import WATCH_SECONDS
+from aa.model import Kind, Run
+from aa.tomlfile import InvalidFile
+from aa.varlink import Peer, Server
+
+VANISHED_SECONDS = 5.0
+SECOND = 1.0
+
+log = logging.getLogger(__name__)
+
+
+def refuse_governed(peer: Peer) -> str | None:
+    """Operators' and services' sockets are closed to runs, whatever groups these have."""
+    if peer.governed:
+        return "this socket is not for governed runs (or the caller's cgroup could not be read)"
+    return None
+
+
+class RunSockets:
+    """One listening socket per run, in a directory of its own that is bound into the run."""
+
+    def __init__(self, gateway: Gateway, directory: Path) -> None:
+        self._gateway = gateway
+        self._directory = directory
+        self._servers: dict[str, Server] = {}
+
+    def open(self, run: Run) -> None:
+        where = self._directory / run.id
+        where.mkdir(mode=0o755, exist_ok=True)
+
+        def admit(peer: Peer) -> str | None:
+            return self._refuse_stranger(run.id, peer)
+
+        # Anyone could open the socket by mode; `admit` lets in only the run's own cgroup.
+        self._servers[run.id] = Server.at(
+            where / "gateway", run_service(self._gateway, run.id), mode=0o666, admit=admit
+        )
+
+    def _refuse_stranger(self, run_id: str, peer: Peer) -> str | None:
+        run = self._gateway.registry.get_live(run_id)
+        if run is None or not run.cgroup or peer.cgroup is None:
+            return f"run {run_id} is not alive"
+        if peer.cgroup == run.cgroup or peer.cgroup.startswith(run.cgroup + "/"):
+            return None
+        return f"the caller is not in run {run_id}"
+
+    def close(self, run_id: str) -> None:
+        server = self._servers.pop(run_id, None)
+        if server is not None:
+            server.close()
+        shutil.rmtree(self._directory / run_id, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Removes what an earlier life left of runs that are over."""
+        with contextlib.suppress(FileNotFoundError):
+            for left in self._directory.iterdir():
+                if self._gateway.registry.get_live(left.name) is None:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def open_gateway() -> Gateway:
+    try:
+        config = configuration.load()
+    except InvalidFile as e:
+        raise CannotStart(
+            str(e.problems[0]), hint="mend it and `systemctl restart aa-gateway`"
+        ) from e
+    file = Path(config.audit.file)
+    try:
+        audit_file = AuditFile(file, max_bytes=config.audit.max_bytes, keep=config.audit.keep)
+    except OSError as e:
+        raise CannotStart(f"audit file: {e}", hint=f"aa-gateway must own {file.parent}") from e
+    audit = AuditLog(audit_file, Journal() if config.audit.journal else None)
+    try:
+        registry = RunRegistry(paths.GATEWAY_STATE_DIR / "runs.sqlite")
+    except RegistryCorrupt as e:
+        raise CannotStart(str(e)) from e
+    return Gateway(config=config, policies=paths.POLICY_DIR, registry=registry, audit=audit)
+
+
+def sockets_by_path() -> dict[str, socket.socket]:
+    return {str(s.getsockname()): s for s in inherited_sockets()}
+
+
+async def main(daemon: Daemon) -> None:
+    gateway = open_gateway()
+    run_sockets = RunSockets(gateway, paths.RUNS_DIR)
+    given = sockets_by_path()
+    missing = {str(paths.ENFORCE_SOCKET), str(paths.CONTROL_SOCKET)} - set(given)
+    if missing:
+        raise CannotStart(
+            f"systemd passed no socket for {', '.join(sorted(missing))}",
+            hint="start it with `systemctl start aa-gateway.service`, its sockets come first",
+        )
+    gateway.source.reload()
+    gateway.end_vanished()
+    run_sockets.sweep()
+    for run in gateway.registry.live():
+        run_sockets.open(run)
+    enforce = enforce_service(gateway, open_run=run_sockets.open, close_run=run_sockets.close)
+    control = control_service(gateway, pid=os.getpid())
+    Server(given[str(paths.ENFORCE_SOCKET)], enforce, admit=refuse_governed)
+    Server(given[str(paths.CONTROL_SOCKET)], control, admit=refuse_governed)
+
+    def reload() -> None:
+        reload_config(gateway)
+        gateway.source.reload()
+        daemon.status(gateway.status_line())
+
+    daemon.reload = reload
+    gateway.on_status = lambda: daemon.status(gateway.status_line())
+    gateway.write_event(Kind.GUARD, "gateway", "gateway started", pid=os.getpid())
+    daemon.ready(gateway.status_line())
+    chores = [
+        asyncio.create_task(every(WATCH_SECONDS, gateway.source.reload_if_changed)),
+        asyncio.create_task(every(SECOND, gateway.flush_rate_refusals)),
+        asyncio.create_task(every(SECOND, lambda: daemon.status(gateway.status_line()))),
+        asyncio.create_task(every(VANISHED_SECONDS, lambda: end_vanished(gateway, run_sockets))),
+    ]
+    await daemon.stop.wait()
+    for chore in chores:
+        chore.cancel()
+    gateway.write_event(Kind.GUARD, "gateway", "gateway stopped", pid=os.getpid())
+
+
+def reload_config(gateway: Gateway) -> None:
+    """Takes limits and agents from the files again; with an error the last good ones stay."""
+    try:
+        gateway.config = configuration.load()
+        gateway.config_problems = []
+    except InvalidFile as e:
+        gateway.config_problems = list(e.problems)
+        gateway.write_event(
+            Kind.GUARD, "config", f"configuration not changed: {e.problems[0]}", alert=True
+        )
+
+
+def end_vanished(gateway: Gateway, run_sockets: RunSockets) -> None:
+    for run in gateway.end_vanished():
+        run_sockets.close(run.id)
+
+
+async def every(seconds: float, chore: object) -> None:
+    """Does a chore again and again; one failure does not end it, and is told."""
+    assert callable(chore)
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            chore()
+        except Exception:
+            log.exception("a chore of the gateway failed")
+
+
+if __name__ == "__main__":
+    sys.exit(serve(main))

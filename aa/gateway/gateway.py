@@ -1,0 +1,504 @@
+"""The gateway's state and its decisions, without any socket: the interfaces are in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pwd
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from aa import cgroup
+from aa.audit import record as audit_record
+from aa.audit.file import read_backwards
+from aa.audit.log import AuditLog, AuditUnavailable
+from aa.audit.record import NOBODY, Record, Subject, timestamp
+from aa.config import Config
+from aa.gateway.runs import RunRegistry
+from aa.gateway.source import PolicySource
+from aa.model import (
+    COMPONENTS,
+    Action,
+    Decision,
+    Effect,
+    Kind,
+    Layer,
+    Mode,
+    RecordType,
+    Report,
+    Run,
+    RunState,
+    deny,
+)
+from aa.tomlfile import Problem
+
+DENIALS_KEPT = 50
+"""Recent denials of a run that `aasm why` can show."""
+DENIALS_READ = 20_000
+"""Records read back at start to fill them again."""
+REGISTERED_SECONDS = 60.0
+"""How long a run may stay without a cgroup before it is given up."""
+USER_RUN_PREFIX = "user/"
+
+NO_POLICY_REASON = (
+    "no policy is in force, so everything is denied; choose one with "
+    "`aasm policy use observe|coding-agent|locked-down`"
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunUnknown(Exception):
+    """No run has this id."""
+
+
+class LayerNotReady(Exception):
+    """A component did not confirm a run."""
+
+    def __init__(self, component: str, reason: str) -> None:
+        self.component = component
+        self.reason = reason
+        super().__init__(f"{component}: {reason}")
+
+
+class TooManyRuns(Exception):
+    """The limit of live runs is reached."""
+
+
+@dataclass
+class Component:
+    """What a component last said of itself."""
+
+    name: str
+    state: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    seen: int = 0  # nanoseconds since the epoch
+    lost: int = 0
+
+
+@dataclass
+class Barrier:
+    """Who has confirmed a run that starts."""
+
+    needed: frozenset[str]
+    confirmed: set[str] = field(default_factory=set)
+    refused: tuple[str, str] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass
+class Rate:
+    """A token bucket. Refusals above it are counted and told once a second in one record."""
+
+    tokens: float
+    at: float
+    refused: int = 0
+
+
+class Gateway:
+    """One object with the state; single-threaded, so every decision sees one policy."""
+
+    def __init__(
+        self, *, config: Config, policies: Path, registry: RunRegistry, audit: AuditLog
+    ) -> None:
+        self.config = config
+        self.registry = registry
+        self.audit = audit
+        self.components: dict[str, Component] = {}
+        self.config_problems: list[Problem] = []
+        self.decisions = 0
+        self.denied = 0
+        self.started = time.time()
+        self.source = PolicySource(policies, self._policy_changed)
+        self._barriers: dict[str, Barrier] = {}
+        self._denials: dict[str, deque[Record]] = {}
+        self._rates: dict[str, Rate] = {}
+        self._watchers: set[Callable[[Run], None]] = set()
+        self.on_status: Callable[[], None] = lambda: None
+        self._recall_denials()
+
+    # -- decisions
+
+    def decide(
+        self, run_id: str, layer: Layer, action: Action, *, provisional: bool = False
+    ) -> Decision:
+        """Decides and records. Every failure on the way is a denial.
+
+        With `provisional` an allow leaves no record: the caller asks again.
+        """
+        run = self.run_for(run_id)
+        if run is None:
+            decision = deny("this process belongs to no known run", rule="<unknown-run>")
+            return self._record_decision(Subject(run_id), layer, action, decision)
+        if self._over_rate(run, layer):
+            limit = self.config.gateway.decisions_per_second
+            return deny(
+                f"run {run.id} asks for more than {limit} decisions a second; slow down, or raise "
+                "gateway.decisions_per_second in agent-assembly.toml",
+                rule="<limit:decisions_per_second>",
+                policy=self.source.revision,
+            )
+        try:
+            decision = self._evaluate(run, action)
+        except Exception as e:  # whatever goes wrong inside the engine, the answer is deny
+            log.exception("deciding %s %r", action.kind, action.target)
+            decision = deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
+        if provisional and decision.permits and decision.would in (None, Effect.ALLOW):
+            return decision
+        return self._record_decision(Subject.of(run), layer, action, decision)
+
+    def _evaluate(self, run: Run, action: Action) -> Decision:
+        policy = self.source.policy
+        if policy is None:
+            return deny(NO_POLICY_REASON, rule="<no-policy>")
+        decision = policy.decide(run, action, now=time.time())
+        if decision.effect is Effect.ASK:
+            return replace(
+                decision,
+                effect=Effect.DENY,
+                reason=f"{decision.reason}; it needs a person's approval, and this version has "
+                "no approvals yet, so it is denied",
+            )
+        return decision
+
+    def _record_decision(
+        self, subject: Subject, layer: Layer, action: Action, decision: Decision
+    ) -> Decision:
+        """The record comes before the answer; without a record nothing is allowed."""
+        self.decisions += 1
+        record = audit_record.of_decision(subject, layer, action, decision, time.time_ns())
+        try:
+            self.audit.write(record)
+        except AuditUnavailable as e:
+            self.denied += 1
+            return deny(f"{e}, so nothing is allowed", rule="<audit>", policy=decision.policy)
+        if decision.effect is not Effect.ALLOW:
+            self.denied += 1
+            self._remember_denial(record)
+        return decision
+
+    def run_for(self, run_id: str) -> Run | None:
+        """A live run, or the pseudo-run of a user who may use the explicit proxy port."""
+        run = self.registry.get_live(run_id)
+        if run is not None or not run_id.startswith(USER_RUN_PREFIX):
+            return run
+        name = run_id.removeprefix(USER_RUN_PREFIX)
+        if name not in self.config.proxy.explicit_users:
+            return None
+        try:
+            user = pwd.getpwnam(name)
+        except KeyError:
+            return None
+        return Run(run_id, "", name, user.pw_uid, user.pw_dir, frozenset((Layer.PROXY,)))
+
+    def _over_rate(self, run: Run, layer: Layer) -> bool:
+        limit = float(self.config.gateway.decisions_per_second)
+        now = time.monotonic()
+        rate = self._rates.setdefault(run.id, Rate(limit, now))
+        rate.tokens = min(limit, rate.tokens + (now - rate.at) * limit)
+        rate.at = now
+        if rate.tokens < 1:
+            rate.refused += 1
+            return True
+        rate.tokens -= 1
+        return False
+
+    def flush_rate_refusals(self) -> None:
+        """One record per run for what its rate limit refused since the last call."""
+        for run_id, rate in list(self._rates.items()):
+            run = self.run_for(run_id)
+            if rate.refused:
+                self.write_report(
+                    Report(
+                        type=RecordType.REFUSAL,
+                        layer=Layer.GATEWAY,
+                        kind=Kind.GUARD,
+                        target="decisions_per_second",
+                        time=time.time_ns(),
+                        run=run_id,
+                        effect=Effect.DENY,
+                        rule="<limit:decisions_per_second>",
+                        reason="the run asked for more decisions than its limit",
+                        count=rate.refused,
+                    )
+                )
+                rate.refused = 0
+            if run is None:
+                del self._rates[run_id]
+
+    # -- records
+
+    def write_report(self, report: Report) -> None:
+        """Keeps what a component reports. Raises `AuditUnavailable`; then it keeps it itself."""
+        run = self.registry.get(report.run) if report.run else None
+        subject = Subject.of(run) if run else replace(NOBODY, run=report.run)
+        record = audit_record.of_report(subject, report, self.source.revision, None)
+        self.audit.write(record)
+        if report.effect is Effect.DENY:
+            self.denied += 1
+            self._remember_denial(record)
+
+    def write_event(
+        self, kind: Kind, target: str, reason: str, *, run: str = "", alert: bool = False, **more: Any
+    ) -> None:
+        """A record of the guard's own life. It must not stop what it tells of."""
+        try:
+            self.write_report(
+                Report(
+                    type=RecordType.ALERT if alert else RecordType.LIFECYCLE,
+                    layer=Layer.GATEWAY,
+                    kind=kind,
+                    target=target,
+                    time=time.time_ns(),
+                    run=run,
+                    reason=reason,
+                    attributes=more,
+                )
+            )
+        except AuditUnavailable as e:
+            log.error("%s: %s %s: %s", e, kind, target, reason)
+
+    def component_reports(self, name: str, lost: int, reports: list[Report]) -> None:
+        component = self._component(name)
+        component.lost += lost
+        if lost:
+            self.write_report(
+                Report(
+                    type=RecordType.GAP,
+                    layer=Layer.GATEWAY,
+                    kind=Kind.GUARD,
+                    target=name,
+                    time=time.time_ns(),
+                    reason=f"{name} could not hand over {lost} records",
+                    count=lost,
+                )
+            )
+        for report in reports:
+            self.write_report(report)
+
+    def denials(self, run_id: str) -> list[Record]:
+        """The run's recent denials, oldest first."""
+        return list(self._denials.get(run_id, ()))
+
+    def _remember_denial(self, record: Record) -> None:
+        run_id = record["run"]
+        if self.registry.get_live(run_id) is not None:
+            self._denials.setdefault(run_id, deque(maxlen=DENIALS_KEPT)).append(record)
+
+    def _recall_denials(self) -> None:
+        """After a restart `aasm why` still answers for runs that live on."""
+        if not len(self.registry):
+            return
+        newest_first: dict[str, list[Record]] = {}
+        for n, record in enumerate(read_backwards(Path(self.config.audit.file))):
+            if n >= DENIALS_READ:
+                break
+            if record.get("decision") == "deny" and self.registry.get_live(str(record.get("run"))):
+                newest_first.setdefault(record["run"], []).append(record)
+        for run_id, records in newest_first.items():
+            kept = list(reversed(records[:DENIALS_KEPT]))
+            self._denials[run_id] = deque(kept, maxlen=DENIALS_KEPT)
+
+    # -- the life of a run
+
+    def register(self, run: Run) -> Run:
+        """Gives a new run its id. Raises `TooManyRuns`."""
+        limit = self.config.gateway.max_runs
+        if len(self.registry) >= limit:
+            raise TooManyRuns(f"{limit} runs live already (gateway.max_runs)")
+        registered = replace(
+            run, id=self.registry.new_id(), state=RunState.REGISTERED, started=time.time()
+        )
+        return self.registry.put(registered)
+
+    def start(self, run_id: str, cgroup_path: str, cgroup_id: int) -> Run:
+        """The run has a cgroup; the barrier for it is up from here on."""
+        run = self._live(run_id)
+        needed = frozenset(c for layer in run.layers for c in COMPONENTS.get(layer, ()))
+        self._barriers[run_id] = Barrier(needed, {"gateway"})
+        run = replace(run, state=RunState.STARTING, cgroup=cgroup_path, cgroup_id=cgroup_id)
+        self.registry.put(run)
+        self._tell(run)
+        return run
+
+    def confirm(self, run_id: str, component: str, ok: bool, reason: str) -> None:
+        barrier = self._barriers.get(run_id)
+        if barrier is None:
+            raise RunUnknown(f"run {run_id} is not starting")
+        if ok:
+            barrier.confirmed.add(component)
+        else:
+            barrier.refused = (component, reason)
+        barrier.changed.set()
+
+    async def await_ready(self, run_id: str, deadline: float) -> Run:
+        """Waits until every needed component confirmed. Raises `LayerNotReady`, `RunUnknown`."""
+        run = self._live(run_id)
+        barrier = self._barriers.get(run_id)
+        if barrier is None:
+            raise RunUnknown(f"run {run_id} is not starting")
+        try:
+            async with asyncio.timeout(deadline):
+                while barrier.refused is None and not barrier.needed <= barrier.confirmed:
+                    barrier.changed.clear()
+                    await barrier.changed.wait()
+        except TimeoutError:
+            missing = sorted(barrier.needed - barrier.confirmed)
+            raise LayerNotReady(missing[0], self._why_silent(missing, deadline)) from None
+        finally:
+            self._barriers.pop(run_id, None)
+        if barrier.refused is not None:
+            raise LayerNotReady(*barrier.refused)
+        run = replace(self._live(run_id), state=RunState.RUNNING)
+        self.registry.put(run)
+        self._tell(run)
+        self.write_event(
+            Kind.RUN,
+            run.agent,
+            "started; confirmed by " + ", ".join(sorted(barrier.needed) or ["nobody"]),
+            run=run.id,
+            argv=list(run.argv),
+            directory=run.directory,
+            layers=sorted(layer.value for layer in run.layers),
+            caller_uid=run.caller_uid,
+        )
+        return run
+
+    def _why_silent(self, missing: list[str], deadline: float) -> str:
+        units = ", ".join(f"aa-{name}.service" for name in missing)
+        return (
+            f"no word from {', '.join(missing)} within {deadline:g} s; "
+            f"see `systemctl status {units.replace(', ', ' ')}`"
+        )
+
+    def end(
+        self, run_id: str, *, exit_code: int | None, signal: int | None, reason: str = ""
+    ) -> Run:
+        run = self._live(run_id)
+        self._barriers.pop(run_id, None)
+        was_running = run.state is RunState.RUNNING
+        ended = self.registry.end(run, exit_code=exit_code, signal=signal)
+        self._denials.pop(run_id, None)
+        self._tell(ended)
+        how = f"signal {signal}" if signal else f"exit code {exit_code}"
+        told = "ended" if was_running else "never started"
+        self.write_event(
+            Kind.RUN,
+            run.agent,
+            f"{told}: {reason or how}",
+            run=run_id,
+            exit_code=exit_code,
+            signal=signal,
+            seconds=round(ended.ended - ended.started, 3),
+        )
+        return ended
+
+    def end_vanished(self) -> list[Run]:
+        """Ends runs whose cgroup is gone, for when aa-launch could not tell."""
+        vanished = []
+        for run in self.registry.live():
+            if run.cgroup:
+                gone = cgroup.cgroup_id(run.cgroup) != run.cgroup_id
+            else:
+                gone = time.time() - run.started > REGISTERED_SECONDS
+            if gone:
+                reason = "its cgroup is gone" if run.cgroup else "it never got a cgroup"
+                vanished.append(self.end(run.id, exit_code=None, signal=None, reason=reason))
+        return vanished
+
+    def watch(self, watcher: Callable[[Run], None]) -> Callable[[], None]:
+        """Calls `watcher` with each run that changes; returns the function that ends it."""
+        self._watchers.add(watcher)
+        return lambda: self._watchers.discard(watcher)
+
+    def _tell(self, run: Run) -> None:
+        for watcher in list(self._watchers):
+            watcher(run)
+
+    def _live(self, run_id: str) -> Run:
+        run = self.registry.get_live(run_id)
+        if run is None:
+            raise RunUnknown(f"no live run {run_id}")
+        return run
+
+    # -- state
+
+    def set_status(self, name: str, state: str, details: dict[str, Any]) -> None:
+        component = self._component(name)
+        changed = component.state != state
+        component.state, component.details = state, details
+        if changed:
+            self.write_event(Kind.GUARD, name, f"component {name}: {state}", **details)
+            self.on_status()
+
+    def _component(self, name: str) -> Component:
+        component = self.components.setdefault(name, Component(name))
+        component.seen = time.time_ns()
+        return component
+
+    @property
+    def rung(self) -> str:
+        """What the kernel layer last said that it proved."""
+        ebpf = self.components.get("ebpf")
+        return str(ebpf.details.get("rung", "off")) if ebpf else "off"
+
+    def mode_of(self, run: Run) -> Mode:
+        """Whether this run's decisions bind."""
+        probe = Action(Kind.RUN, run.agent)
+        policy = self.source.policy
+        if policy is None:
+            return Mode.ENFORCE
+        return policy.decide(run, probe, now=time.time()).mode
+
+    def problems(self) -> list[str]:
+        """What is not well, in sentences for people."""
+        found = [str(p) for p in (*self.source.problems, *self.config_problems)]
+        if self.source.state == "none":
+            found.insert(0, NO_POLICY_REASON)
+        return found + self.audit.problems
+
+    def status_line(self) -> str:
+        runs = len(self.registry)
+        live = f"{runs} run{'' if runs == 1 else 's'}"
+        match self.source.state:
+            case "none":
+                first = f": {self.source.problems[0]}" if self.source.problems else ""
+                return f"NO POLICY, everything is denied{first}; {live}"
+            case "degraded":
+                return (
+                    f"DEGRADED, policy {self.source.revision} stays in force: "
+                    f"{self.source.problems[0]}; {live}"
+                )
+        return f"policy {self.source.revision}; {live}"
+
+    def _policy_changed(self, source: PolicySource) -> None:
+        if source.problems:
+            self.write_event(
+                Kind.GUARD,
+                "policy",
+                f"policy not changed, {source.revision or 'none'} stays in force: "
+                f"{source.problems[0]}",
+                alert=True,
+                problems=[str(p) for p in source.problems],
+            )
+        else:
+            self.write_event(
+                Kind.GUARD,
+                "policy",
+                f"policy {source.revision} is in force",
+                files=[str(f) for f in source.policy.files] if source.policy else [],
+            )
+        self.on_status()
+
+
+def denial_json(record: Record) -> dict[str, Any]:
+    """A denial as the run itself may see it."""
+    return {k: record[k] for k in ("time", "layer", "kind", "target", "rule", "reason", "count")}
+
+
+def seen_text(component: Component) -> str:
+    return timestamp(component.seen) if component.seen else ""
