@@ -342,7 +342,7 @@ def _text(m: Mapping[str, Json], key: str, default: str | None = None) -> str:
 
 def _enum(enumeration: type[E], m: Mapping[str, Json], key: str) -> E:
     try:
-        return enumeration(m.get(key))
+        return enumeration(m.get(key, ""))
     except ValueError:
         known = ", ".join(e.value for e in enumeration)
         raise MalformedValue(f"{key} must be one of {known}") from None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 Json = Any
 Check = Callable[[Json], bool]
@@ -119,11 +119,19 @@ class _Parser:
 
     def take(self, expected: str = "") -> str:
         token = self.peek()
-        line = self._tokens[min(self._at, len(self._tokens) - 1)][1]
         if not token or (expected and token != expected):
-            raise IdlError(f"line {line}: expected {expected or 'more'}, found {token or 'the end'}")
+            self.fail(f"expected {expected or 'more'}, found {token or 'the end'}")
         self._at += 1
         return token
+
+    def word(self) -> str:
+        if not self.peek()[:1].isalpha():
+            self.fail(f"expected a name, found {self.peek() or 'the end'}")
+        return self.take()
+
+    def fail(self, what: str) -> NoReturn:
+        line = self._tokens[min(self._at, len(self._tokens) - 1)][1] if self._tokens else 1
+        raise IdlError(f"line {line}: {what}")
 
     def type(self) -> Type:
         token = self.peek()
@@ -135,7 +143,7 @@ class _Parser:
             return Type("array" if token == "[]" else "map", element=self.type())
         if token == "(":
             return self.struct_or_enum()
-        word = self.take()
+        word = self.word()
         if word in ("bool", "int", "float", "string", "object"):
             return Type(word)
         return Type("name", name=word)
@@ -145,7 +153,7 @@ class _Parser:
         fields: dict[str, Type] = {}
         values: list[str] = []
         while self.peek() != ")":
-            name = self.take()
+            name = self.word()
             if self.peek() == ":":
                 self.take()
                 fields[name] = self.type()
@@ -163,12 +171,12 @@ def parse_interface(text: str) -> Interface:
     """Parses one interface definition. Raises `IdlError` with the line."""
     p = _Parser(text)
     p.take("interface")
-    name = p.take()
+    name = p.word()
     types: dict[str, Type] = {}
     methods: dict[str, Method] = {}
     errors: dict[str, Type] = {}
     while p.peek():
-        what, member = p.take(), p.take()
+        what, member = p.word(), p.word()
         if what == "type":
             types[member] = p.struct_or_enum()
         elif what == "error":

@@ -1,0 +1,1 @@
+"""The `aasm` command. One module per noun; `main` puts them together."""
