@@ -1,0 +1,58 @@
+# Everything a person does with this tree. As root on Debian 12: `make demo`, `make test`.
+
+PYTHON := /usr/bin/python3
+export PATH := /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PYTHONDONTWRITEBYTECODE := 1
+# The machine's own Python settings are not part of the test.
+unexport PYTHONPATH PYTHONHOME PYENV_ROOT PYENV_VERSION VIRTUAL_ENV
+
+PYTEST := $(PYTHON) -m pytest --durations=10 -ra
+
+.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench deps clean
+
+build: deps
+	$(MAKE) --no-print-directory -C probes all
+
+deps:
+	@packaging/install-packages packaging/packages.txt
+
+# The packages, in dist/. Built in a copy, so the tree stays as it is.
+deb: build
+	packaging/build-deb dist
+
+test: build deb
+	$(PYTEST) tests/unit tests/host tests/lab
+
+test-unit: deps
+	$(PYTEST) tests/unit
+
+test-host: build
+	$(PYTEST) tests/host
+
+test-lab: deb
+	$(PYTEST) tests/lab
+
+# What takes longer: whole guests with Debian's own kernels.
+lab-full: deb
+	@packaging/install-packages packaging/packages-full.txt
+	$(PYTEST) tests/full
+
+demo: deb
+	$(PYTHON) -m tests.lab.demo
+
+# ruff is not in Debian 12: both checkers come from the Python index, into build/.
+LINT := build/lint
+$(LINT)/bin/ruff: packaging/requirements-lint.txt | deps
+	$(PYTHON) -m venv --system-site-packages $(LINT)
+	$(LINT)/bin/pip install --quiet --requirement packaging/requirements-lint.txt
+
+lint: $(LINT)/bin/ruff
+	$(LINT)/bin/ruff check --no-cache aa tests benchmarks
+	$(LINT)/bin/mypy --cache-dir build/mypy
+
+bench: deb
+	$(PYTHON) -m benchmarks
+
+clean:
+	rm -rf build dist probes/build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
