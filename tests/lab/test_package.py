@@ -1,0 +1,152 @@
+"""The package on a real systemd: what it installs, what it starts, and that purging it leaves nothing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.harness import Container, eventually
+from tests.lab.harness.__main__ import newest_debs
+
+SOCKETS = {
+    "/run/agent-assembly/enforce": "660 root aa-enforce",
+    "/run/agent-assembly/control": "660 root aa-operators",
+    "/run/agent-assembly/launch": "666 root root",
+}
+STARTED = ("aa.target", "aa-gateway.socket", "aa-gateway-control.socket", "aa-launch.socket")
+NOT_STARTED = ("aa-proxy.service", "aa-redirect.service", "aa-ebpf.service")
+BAD_CALL = b"x" * 8 + b"\0"
+
+TRACES = (
+    "find / -xdev ( -path /proc -o -path /sys -o -path /work -o -path /var/cache/lab "
+    "-o -path /var/log/journal -o -path /var/lib/dpkg -o -path /var/log/apt ) -prune "
+    "-o ( -name *agent-assembly* -o -name *agent_assembly* -o -name aa-* -o -name aasm* ) -print"
+)
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Container]:
+    """A container of its own: these tests remove the package."""
+    with Container() as container:
+        container.install_deb(*newest_debs())
+        yield container
+
+
+def units_of_package(box: Container) -> list[str]:
+    listed = box.raw(["dpkg", "--listfiles", "agent-assembly"]).check().out.splitlines()
+    return [path for path in listed if path.startswith("/lib/systemd/system/aa")]
+
+
+def test_systemd_finds_no_fault_in_any_unit(box: Container) -> None:
+    units = units_of_package(box)
+    assert len(units) >= 12
+    verified = box.run(["systemd-analyze", "verify", "--man=no", *units])
+    assert verified.code == 0 and not verified.out + verified.err, verified.out + verified.err
+
+
+def test_nothing_is_failed_after_installation(box: Container) -> None:
+    assert box.systemctl("is-system-running").out.strip() == "running"
+    assert box.systemctl("--failed", "--no-legend", "--plain").out == ""
+
+
+def test_sockets_listen_with_their_owners_and_modes(box: Container) -> None:
+    for path, owner in SOCKETS.items():
+        assert box.raw(["stat", "--format=%a %U %G", path]).check().out.strip() == owner
+    listening = box.raw(["ss", "--listening", "--unix", "--no-header"]).check().out
+    for path in SOCKETS:
+        assert path in listening
+
+
+@pytest.mark.parametrize("unit", STARTED)
+def test_installation_starts_what_only_listens(box: Container, unit: str) -> None:
+    assert box.show(unit, "ActiveState", "UnitFileState") == {
+        "ActiveState": "active",
+        "UnitFileState": "enabled",
+    }
+
+
+@pytest.mark.parametrize("unit", NOT_STARTED)
+def test_installation_does_not_start_what_changes_the_network(box: Container, unit: str) -> None:
+    assert box.show(unit, "ActiveState", "UnitFileState") == {
+        "ActiveState": "inactive",
+        "UnitFileState": "disabled",
+    }
+    rules = box.raw(["sh", "-c", "iptables-save; ip6tables-save"]).check().out
+    assert "AA-" not in rules
+
+
+def test_slices_of_the_runs_are_there_before_any_run(box: Container) -> None:
+    for slice_ in ("aa-agents-proxy.slice", "aa-agents-local.slice"):
+        cgroup = box.show(slice_, "ControlGroup")["ControlGroup"]
+        assert cgroup == f"/aa.slice/aa-agents.slice/{slice_}"
+        assert box.raw(["test", "-d", f"/sys/fs/cgroup{cgroup}"]).ok
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/run/agent-assembly", "755 root root"),
+        ("/run/agent-assembly/runs", "750 aa-gateway aa-gateway"),
+        ("/run/agent-assembly/bpf", "700 root root"),
+        ("/var/log/agent-assembly", "750 aa-gateway aa-gateway"),
+    ],
+)
+def test_directories_belong_to_whom_they_should(box: Container, path: str, expected: str) -> None:
+    assert box.raw(["stat", "--format=%a %U %G", path]).check().out.strip() == expected
+
+
+def test_services_are_users_without_a_login(box: Container) -> None:
+    for user in ("aa-gateway", "aa-proxy"):
+        assert box.raw(["getent", "passwd", user]).check().out.strip().endswith("/usr/sbin/nologin")
+
+
+def test_python_package_imports_without_anything_of_the_build_machine(box: Container) -> None:
+    where = box.run(["/usr/bin/python3", "-I", "-c", "import aa; print(aa.__file__)"], user="dev")
+    assert where.out.strip() == "/usr/lib/python3/dist-packages/aa/__init__.py"
+    code = "import aa.varlink.idl, pathlib; print(*pathlib.Path(aa.__file__).parent.glob('varlink/*.varlink'))"
+    assert "io.agentassembly.Gateway.varlink" in box.run(["/usr/bin/python3", "-I", "-c", code]).out
+
+
+def test_modules_are_compiled_when_the_package_is_installed(box: Container) -> None:
+    assert box.run("ls /usr/lib/python3/dist-packages/aa/__pycache__/model.*.pyc").ok
+
+
+def test_gateway_starts_when_somebody_calls(box: Container) -> None:
+    box.systemctl("stop", "aa-gateway.service")
+    call = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/agent-assembly/control')"
+    box.run(["/usr/bin/python3", "-I", "-c", call + f"; s.send({BAD_CALL!r}); s.recv(9)"], timeout=30)
+    eventually(
+        lambda: box.show("aa-gateway.service", "ActiveState")["ActiveState"] == "active",
+        what="the gateway is active",
+    )
+
+
+def test_reinstallation_keeps_the_listeners_and_what_runs(box: Container) -> None:
+    before = box.raw(["stat", "--format=%i", *SOCKETS]).check().out
+    box.systemctl("start", "aa-gateway.service").check()
+    deb = f"/var/cache/lab/{newest_debs()[0].name}"
+    box.run(["dpkg", "--install", deb], timeout=120).check()
+    assert box.raw(["stat", "--format=%i", *SOCKETS]).check().out == before
+    eventually(
+        lambda: box.show("aa-gateway.service", "ActiveState")["ActiveState"] == "active",
+        what="the gateway is active",
+    )
+
+
+def test_purge_leaves_nothing(box: Container) -> None:
+    """Comes last: the package is gone after it."""
+    box.run(["touch", "/var/lib/agent-assembly/left", "/var/log/agent-assembly/left"]).check()
+    box.systemctl("start", "aa-gateway.service").check()
+    box.run(["apt-get", "purge", "--yes", "agent-assembly"], timeout=120).check()
+    # `set -f`: find gets the patterns as they are written above
+    left = box.run("set -f; " + TRACES.replace("(", "\\(").replace(")", "\\)"))
+    assert left.out == ""
+    assert "aa-" not in box.raw(["sh", "-c", "getent passwd; getent group"]).out
+    assert "AA-" not in box.raw(["sh", "-c", "iptables-save; ip6tables-save"]).out
+    assert box.systemctl("list-units", "--all", "--no-legend", "--plain", "aa*").out == ""
+    assert not box.raw(["test", "-e", "/sys/fs/cgroup/aa.slice"]).ok
+    assert box.systemctl("is-system-running").out.strip() == "running", shlex.quote(
+        box.systemctl("--failed").out
+    )
