@@ -64,8 +64,9 @@ printf 'nameserver 10.77.0.2\n' > "$root"/etc/resolv.conf
 printf '127.0.0.1 localhost box\n::1 localhost ip6-localhost ip6-loopback\n' > "$root"/etc/hosts
 sed -i 's/^hosts:.*/hosts: files dns/' "$root"/etc/nsswitch.conf
 
-# The machine's own settings for its proxies, certificates and Python must not reach the container.
-rm -rf "$root"/root "$root"/etc/environment "$root"/etc/pip.conf "$root"/etc/gitconfig "$root"/var/log/journal
+# The machine's own settings for its proxies, certificates, services and Python must not reach the container.
+rm -rf "$root"/root "$root"/etc/environment "$root"/etc/pip.conf "$root"/etc/gitconfig "$root"/var/log/journal \
+    "$root"/usr/sbin/policy-rc.d "$root"/usr/local/share/ca-certificates "$root"/etc/apt/apt.conf.d/*proxy*
 install -d -m 700 "$root"/root
 install -d -m 2755 -g systemd-journal "$root"/var/log/journal
 
@@ -80,7 +81,7 @@ done
 chmod 700 "$root"/home/dev "$root"/home/plain
 
 install -D -m 644 "$state"/origins/ca.pem "$root"/usr/local/share/ca-certificates/lab-origins.crt
-chroot "$root" update-ca-certificates > "$state"/trust.log 2>&1
+chroot "$root" update-ca-certificates --fresh > "$state"/trust.log 2>&1
 
 # System calls that the programs under test use and that nspawn's own list leaves out.
 calls='bpf perf_event_open landlock_create_ruleset landlock_add_rule landlock_restrict_self io_uring_setup io_uring_enter io_uring_register'
