@@ -48,7 +48,8 @@ class RunSockets:
 
     def open(self, run: Run) -> None:
         where = self._directory / run.id
-        where.mkdir(mode=0o755, exist_ok=True)
+        where.mkdir(exist_ok=True)
+        where.chmod(0o755)  # the daemon's umask is tighter; the run's user must get in
 
         def admit(peer: Peer) -> str | None:
             return self._refuse_stranger(run.id, peer)

@@ -147,7 +147,7 @@ class Gateway:
         except Exception as e:  # whatever goes wrong inside the engine, the answer is deny
             log.exception("deciding %s %r", action.kind, action.target)
             decision = deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
-        if provisional and decision.permits and decision.would in (None, Effect.ALLOW):
+        if provisional and decision.permits:
             return decision
         return self._record_decision(Subject.of(run), layer, action, decision)
 
