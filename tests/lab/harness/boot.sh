@@ -1,5 +1,6 @@
 #!/bin/sh
 # boot.sh NAME STATE REPO MEMORY: becomes systemd-nspawn with a real systemd over the machine's own root.
+# Its standard input is held open by the lab's owner: when it ends, so does the lab.
 #
 # Runs as root in a private mount namespace (`unshare --mount --propagation private`) and in no
 # namespace of the machine otherwise. All that it makes hangs on this one process: mounts and the
@@ -14,6 +15,9 @@ export PATH
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir /sys/fs/cgroup/"$name"
 echo $$ > /sys/fs/cgroup/"$name"/cgroup.procs
+exec 3<&0 < /dev/null
+(cat <&3 > /dev/null; echo 1 > /sys/fs/cgroup/"$name"/cgroup.kill) &
+exec 3<&-
 
 mount -t tmpfs -o mode=755 "$name" "$state"/netns
 mkdir -p /run/netns
@@ -41,8 +45,7 @@ mkdir "$state"/tree/upper "$state"/tree/work "$state"/tree/root
 mount -t overlay "$name" -o "lowerdir=/,upperdir=$state/tree/upper,workdir=$state/tree/work" "$state"/tree/root
 root=$state/tree/root
 
-setpriv --pdeathsig KILL ip netns exec origins \
-    /usr/bin/python3 -I "$here"/origins.py "$state"/origins > "$state"/origins.log 2>&1 &
+ip netns exec origins /usr/bin/python3 -I "$here"/origins.py "$state"/origins > "$state"/origins.log 2>&1 &
 waited=0
 while [ ! -e "$state"/origins/ready ]; do
     kill -0 $! || { echo "the origins did not start:"; cat "$state"/origins.log; exit 1; }

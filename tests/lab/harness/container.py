@@ -109,6 +109,7 @@ class Container:
         self.origins = Origins(self.state / "origins")
         self._memory, self._keep = memory, keep
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._hold = -1
         self.leader = 0
 
     # Life
@@ -135,23 +136,35 @@ class Container:
         for directory in ("tree", "netns", "origins"):
             (self.state / directory).mkdir(parents=True)
         (self.state / "owner").write_text("" if self._keep else _owner(os.getpid()))
-        death = [] if self._keep else ["setpriv", "--pdeathsig", "KILL"]
+        lifeline = self._lifeline()
         with self._console.open("wb") as console:
             self._supervisor = subprocess.Popen(
-                [*death, *_private(HERE / "boot.sh"), self.name, self.state, REPOSITORY, self._memory],
-                stdin=subprocess.DEVNULL,
+                [*_private(HERE / "boot.sh"), self.name, self.state, REPOSITORY, self._memory],
+                stdin=lifeline,
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=ROOT_ENVIRONMENT,
                 cwd="/",
             )
+        os.close(lifeline)
         try:
             self._await_boot(self._supervisor)
         except BaseException:
             destroy(self.name)
-            self._supervisor.wait()
+            self._reap()
             raise
+
+    def _lifeline(self) -> int:
+        """The supervisor's standard input: it reads its end when this process is no more.
+
+        A lab that is kept gets a fifo that it holds open itself.
+        """
+        if self._keep:
+            os.mkfifo(self.state / "lifeline", 0o600)
+            return os.open(self.state / "lifeline", os.O_RDWR)
+        held, self._hold = os.pipe()
+        return held
 
     def attach(self) -> Container:
         """Joins a lab that another process keeps up."""
@@ -172,9 +185,15 @@ class Container:
             except (LabError, OSError):
                 pass  # what does not power off is killed below
         destroy(self.name)
+        self._reap()
+        self.leader = 0
+
+    def _reap(self) -> None:
         if self._supervisor is not None:
             self._supervisor.wait()
-        self.leader = 0
+        if self._hold >= 0:
+            os.close(self._hold)
+            self._hold = -1
 
     @property
     def _console(self) -> Path:
