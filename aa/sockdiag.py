@@ -16,6 +16,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from aa.netlink import (
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    MalformedNetlink,
+    Message,
+    error_number,
+    message,
+    parse_attributes,
+    parse_messages,
+)
+
 Address = tuple[str, int]
 """Textual IP address and port; further members of a v6 socket name are left off."""
 
@@ -29,20 +42,15 @@ RECEIVE_BYTES = 32768
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
-NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
-NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 INET_DIAG_SKV6ONLY = 11
 INET_DIAG_CGROUP_ID = 21
 ALL_STATES = 0xFFFFFFFF
 NO_COOKIE = b"\xff" * 8
 NO_UID = -1
-NLA_TYPE_MASK = 0x3FFF  # the two top bits of an attribute's type are flags
 
-_NLMSG = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 up to its id
 _SOCKID = struct.Struct("!HH16s16s")  # inet_diag_sockid: ports, addresses; then if, cookie
 _ANSWER = struct.Struct("=BBBB48sIIIII")  # inet_diag_msg
-_NLATTR = struct.Struct("=HH")
 _TIMEVAL = struct.Struct("@ll")
 
 _MAPPED = b"\x00" * 10 + b"\xff\xff"
@@ -151,11 +159,10 @@ class SockDiag:
         mapped = local.startswith(_MAPPED)
         if mapped != remote.startswith(_MAPPED):
             raise ValueError("the two ends are of different families")
-        wire = _wire4 if mapped else bytes
-        sockid = _SOCKID.pack(source[1], destination[1], wire(local), wire(remote))
-        found = self._one(
-            socket.AF_INET if mapped else socket.AF_INET6, socket.IPPROTO_TCP, sockid
-        )
+        wire = (_wire4(local), _wire4(remote)) if mapped else (local, remote)
+        table = socket.AF_INET if mapped else socket.AF_INET6
+        sockid = _SOCKID.pack(source[1], destination[1], *wire)
+        found = self._one(table, socket.IPPROTO_TCP, sockid)
         if found is None:
             return None
         # The kernel answers with a listener on the local end when no connection matches.
@@ -198,11 +205,9 @@ class SockDiag:
         self._sequence = self._sequence % 0xFFFFFFFF + 1
         request = _REQUEST.pack(family, protocol, 0, 0, ALL_STATES)
         body = request + sockid + bytes(4) + NO_COOKIE
-        header = _NLMSG.pack(
-            _NLMSG.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | flags, self._sequence, 0
-        )
+        question = message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | flags, self._sequence, body)
         try:
-            self._socket.sendto(header + body, (0, 0))
+            self._socket.sendto(question, (0, 0))
         except OSError as e:
             raise SockDiagError(f"SOCK_DIAG: {e}") from e
         return self._sequence
@@ -219,9 +224,9 @@ class SockDiag:
             if sender[0] != 0:
                 stale += 1  # not from the kernel
                 continue
-            for kind, number, payload in parse_messages(data):
-                if number == sequence and kind != NLMSG_NOOP:
-                    yield kind, payload
+            for reply in _messages(data):
+                if reply.sequence == sequence:
+                    yield reply.kind, reply.payload
                 else:
                     stale += 1
 
@@ -253,32 +258,18 @@ def pack(family: int, address: str) -> bytes:
     raise ValueError(f"address family {family} is neither v4 nor v6")
 
 
-def parse_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(type, sequence, payload) of each netlink message. Raises `SockDiagError`."""
-    offset = 0
-    while offset < len(data):
-        if len(data) - offset < _NLMSG.size:
-            raise SockDiagError("netlink: a header is cut short")
-        length, kind, _, sequence, _ = _NLMSG.unpack_from(data, offset)
-        if length < _NLMSG.size or length > len(data) - offset:
-            raise SockDiagError(f"netlink: a message says it has {length} bytes")
-        yield kind, sequence, data[offset + _NLMSG.size : offset + length]
-        offset += (length + 3) & ~3
+def _messages(data: bytes) -> list[Message]:
+    try:
+        return list(parse_messages(data))
+    except MalformedNetlink as e:
+        raise SockDiagError(f"SOCK_DIAG: {e}") from e
 
 
-def parse_attributes(data: bytes) -> dict[int, bytes]:
-    """Netlink attributes by type. Raises `SockDiagError` for lengths that do not fit."""
-    attributes: dict[int, bytes] = {}
-    offset = 0
-    while offset < len(data):
-        if len(data) - offset < _NLATTR.size:
-            raise SockDiagError("netlink: an attribute is cut short")
-        length, kind = _NLATTR.unpack_from(data, offset)
-        if length < _NLATTR.size or length > len(data) - offset:
-            raise SockDiagError(f"netlink: an attribute says it has {length} bytes")
-        attributes[kind & NLA_TYPE_MASK] = data[offset + _NLATTR.size : offset + length]
-        offset += (length + 3) & ~3
-    return attributes
+def _error(payload: bytes) -> int:
+    try:
+        return error_number(payload)
+    except MalformedNetlink as e:
+        raise SockDiagError(f"SOCK_DIAG: {e}") from e
 
 
 def parse_answer(payload: bytes) -> _Found | None:
@@ -288,7 +279,10 @@ def parse_answer(payload: bytes) -> _Found | None:
     family, _, _, _, sockid, _, _, _, uid, inode = _ANSWER.unpack_from(payload)
     if family not in (socket.AF_INET, socket.AF_INET6):
         raise SockDiagError(f"SOCK_DIAG: an answer of address family {family}")
-    attributes = parse_attributes(payload[_ANSWER.size :])
+    try:
+        attributes = parse_attributes(payload[_ANSWER.size :])
+    except MalformedNetlink as e:
+        raise SockDiagError(f"SOCK_DIAG: {e}") from e
     cgroup = attributes.get(INET_DIAG_CGROUP_ID)
     if cgroup is None:
         return None
@@ -321,8 +315,3 @@ def _may_send_from(found: _Found, address: bytes) -> bool:
 def _wire4(address: bytes) -> bytes:
     return address[12:] + bytes(12)
 
-
-def _error(payload: bytes) -> int:
-    if len(payload) < 4:
-        raise SockDiagError("netlink: an error is cut short")
-    return -int.from_bytes(payload[:4], sys.byteorder, signed=True)
