@@ -1,0 +1,80 @@
+"""Accounts for every event: what the kernel counted against what was reported. No I/O.
+
+The kernel's counters only grow and outlive the service, and so does a copy of what
+was reported. What is missing in between, because a table was too small or a reader
+was killed with events in its hands, becomes a gap with a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aa.ebpf.tables import Count
+
+SAMPLES = 3
+"""A difference counts as missing when this many looks in a row show at least as much: an event
+may be counted already and not be readable yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    kind: int
+    count: int
+    why: str
+
+
+WHY = {
+    "lost": "the ring was full",
+    "tallied": "the table of tallies was full",
+    "events": "a reader ended with events in its hands",
+}
+
+
+class Ledger:
+    """What was read and what was reported so far, by kind, in the columns the kernel counts in."""
+
+    def __init__(self, reported: Mapping[int, Count] | None = None) -> None:
+        self.reported: dict[int, Count] = dict(reported or {})
+        """Handed to the reporter: this is what the next service starts from."""
+        self._read: dict[int, Count] = dict(self.reported)
+        self._open: dict[tuple[int, str], list[int]] = {}
+
+    def read(self, kind: int, *, events: int = 0, tallied: int = 0) -> None:
+        self._read[kind] = self._of(self._read, kind).plus(Count(events=events, tallied=tallied))
+
+    def report(self, kind: int, *, events: int = 0, tallied: int = 0) -> None:
+        before = self._of(self.reported, kind)
+        self.reported[kind] = before.plus(Count(events=events, tallied=tallied))
+
+    def gaps(self, counted: Mapping[int, Count], *, idle: bool) -> list[Gap]:
+        """What is missing for good; each is returned once.
+
+        `counted` was read just before, `idle` says that the ring was empty then.
+        """
+        found = []
+        for kind, kernel in counted.items():
+            for column, why in WHY.items():
+                if column == "lost" or idle:
+                    missing = self._missing(kind, column, getattr(kernel, column))
+                    if missing:
+                        found.append(Gap(kind, missing, why))
+        return found
+
+    def _missing(self, kind: int, column: str, kernel: int) -> int:
+        samples = self._open.setdefault((kind, column), [])
+        samples.append(kernel - getattr(self._of(self._read, kind), column))
+        del samples[:-SAMPLES]
+        missing = min(samples)
+        certain = column == "lost" or len(samples) == SAMPLES
+        if missing <= 0 or not certain:
+            return 0
+        samples.clear()
+        more = Count(**{column: missing})
+        for book in (self._read, self.reported):
+            book[kind] = self._of(book, kind).plus(more)
+        return missing
+
+    @staticmethod
+    def _of(book: Mapping[int, Count], kind: int) -> Count:
+        return book.get(kind, Count())

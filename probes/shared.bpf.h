@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * Maps that all objects share (the loader pins the first one's and hands them to
+ * the others), who a run is, and how a record gets into the ring.
+ */
+#ifndef AA_SHARED_BPF_H
+#define AA_SHARED_BPF_H
+
+#include "kernel.h"
+#include "events.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+
+/* The loader counts this up each time it loads, see aa_config.generation. */
+const volatile __u32 aa_generation = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct aa_config);
+} aa_config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, AA_RING_BYTES);
+} aa_events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, AA_KINDS);
+	__type(key, __u32);
+	__type(value, struct aa_count);
+} aa_counts SEC(".maps");
+
+/* Least recently used keys give way: a flood of new keys cannot use up memory,
+ * and aa_count.tallied still knows how many there were. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, AA_MAX_TALLIES);
+	__type(key, struct aa_tally_key);
+	__type(value, struct aa_tally);
+} aa_tallies SEC(".maps");
+
+/* The last quarter of the ring is kept for exec and exit, so that a flood of
+ * packets cannot hide what is started. */
+#define AA_RING_FOR_NET (AA_RING_BYTES - AA_RING_BYTES / 4)
+
+/* Levels of nested pid namespaces that are searched for the loader's own. */
+#define AA_PIDNS_DEPTH 8
+
+static __always_inline const struct aa_config *aa_configuration(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&aa_config, &zero);
+}
+
+static __always_inline struct aa_count *aa_counted(__u32 kind)
+{
+	return bpf_map_lookup_elem(&aa_counts, &kind);
+}
+
+static __always_inline void aa_add(__u64 *counter)
+{
+	/* Atomic: a program may be preempted by another one on the same CPU. */
+	__sync_fetch_and_add(counter, 1);
+}
+
+static __always_inline int aa_governed(const struct aa_config *config)
+{
+	return config->slice &&
+	       bpf_get_current_ancestor_cgroup_id(config->level) == config->slice;
+}
+
+/* The run of the current task: runs are two levels below the slice; something
+ * that lives higher is known by the cgroup it is in. 0 for what is not governed. */
+static __always_inline __u64 aa_current_run(const struct aa_config *config)
+{
+	__u64 id;
+
+	if (!aa_governed(config))
+		return 0;
+	id = bpf_get_current_ancestor_cgroup_id(config->level + 2);
+	return id ? id : bpf_get_current_cgroup_id();
+}
+
+/* The pid of a task's process in the loader's pid namespace, 0 if it has none there. */
+static __always_inline __u32 aa_pid_of(struct task_struct *task, __u32 pidns)
+{
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	char *number = (char *)pid + bpf_core_field_offset(struct pid, numbers);
+	__u32 depth = BPF_CORE_READ(pid, level);
+
+#pragma clang loop unroll(disable)
+	for (__u32 i = 0; i < AA_PIDNS_DEPTH && i <= depth; i++) {
+		struct upid *upid = (struct upid *)number;
+
+		if (BPF_CORE_READ(upid, ns, ns.inum) == pidns)
+			return BPF_CORE_READ(upid, nr);
+		number += bpf_core_type_size(struct upid);
+	}
+	return 0;
+}
+
+static __always_inline void aa_begin(struct aa_head *head, __u8 kind, __u16 size, __u64 cgroup)
+{
+	head->size = size;
+	head->layout = AA_LAYOUT;
+	head->kind = kind;
+	head->flags = cgroup ? 0 : AA_OUTSIDE;
+	head->time = bpf_ktime_get_boot_ns();
+	head->cgroup = cgroup;
+	head->pad = 0;
+}
+
+/* Who the current task is. Not for packets: those may be sent by anyone's interrupt. */
+static __always_inline void aa_who(struct aa_head *head, const struct aa_config *config)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+
+	head->pid = aa_pid_of(task, config->pidns);
+	head->ppid = aa_pid_of(BPF_CORE_READ(task, real_parent), config->pidns);
+	head->uid = bpf_get_current_uid_gid();
+	bpf_get_current_comm(head->comm, sizeof(head->comm));
+}
+
+static __always_inline void aa_nobody(struct aa_head *head)
+{
+	head->pid = 0;
+	head->ppid = 0;
+	head->uid = 0;
+	__builtin_memset(head->comm, 0, sizeof(head->comm));
+}
+
+/* Room for a network record, or NULL. */
+static __always_inline struct aa_net *aa_reserve_net(void)
+{
+	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_NET)
+		return NULL;
+	return bpf_ringbuf_reserve(&aa_events, sizeof(struct aa_net), 0);
+}
+
+/*
+ * Counts what may happen a million times a second. The first of a key, and then at
+ * most one a second, is to be told: returns its total so far, else 0. The loader
+ * reads the table for the rest.
+ */
+static __always_inline __u64 aa_count_up(const struct aa_tally_key *key, struct aa_count *count,
+					 struct aa_tally **found)
+{
+	struct aa_tally fresh = {};
+	struct aa_tally *tally;
+	__u64 now;
+
+	aa_add(&count->tallied);
+	tally = bpf_map_lookup_elem(&aa_tallies, key);
+	if (!tally) {
+		bpf_map_update_elem(&aa_tallies, key, &fresh, BPF_NOEXIST);
+		tally = bpf_map_lookup_elem(&aa_tallies, key);
+		if (!tally)
+			return 0;
+	}
+	aa_add(&tally->total);
+	now = bpf_ktime_get_boot_ns();
+	if (tally->told && now - tally->told < AA_TALLY_QUIET_NS)
+		return 0;
+	*found = tally;
+	return tally->total;
+}
+
+#endif
