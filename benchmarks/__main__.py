@@ -1,0 +1,30 @@
+"""`make bench`: the measures of the demo by themselves, as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from benchmarks import measures
+from tests.lab.demo.run import AGENT, configure, start
+from tests.lab.harness import Container
+from tests.lab.harness.__main__ import newest_debs
+
+
+def main() -> None:
+    with Container("bench") as box:
+        box.install_deb(*newest_debs())
+        configure(box)
+        start(box)
+        measures.prepare(box)
+        for found in (
+            measures.connections(box, agent=AGENT),
+            measures.memory(box),
+            measures.starts(box, agent=AGENT),
+        ):
+            for measure in found:
+                print(json.dumps(dataclasses.asdict(measure)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`make demo`: boots, installs, runs the sample agent, and prints what became of each attempt."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks import measures
+from tests.lab.demo.run import AGENT, Outcome, attempt_all, configure, start
+from tests.lab.harness import Container, LabError
+from tests.lab.harness.__main__ import newest_debs
+
+WIDTH = 160  # columns where the output is no terminal
+DAEMON_LOGS = [f"--unit={daemon}" for daemon in measures.DAEMONS]
+COLOURS = {"allow": "green", "deny": "red"}
+
+console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Shows what goes on, and how long it took."""
+    begun = time.monotonic()
+    if console.is_terminal:
+        with console.status(title):
+            yield
+    else:
+        yield
+    console.print(f"[dim]{time.monotonic() - begun:6.1f} s[/]  {title}", highlight=False)
+
+
+def attempts_table(outcomes: list[Outcome]) -> Table:
+    table = Table(title="What the governed agent tried, and what became of it", title_justify="left")
+    for column in ("attempt", "decision", "rule"):
+        table.add_column(column)
+    table.add_column("time", justify="right")
+    for column in ("the agent saw", "origin", "journal"):
+        table.add_column(column, overflow="fold")
+    table.add_column("")
+    for outcome in outcomes:
+        record = outcome.record or {}
+        decision = record.get("AA_DECISION", "deny" if not outcome.succeeded else "none")
+        origin = "reached" if outcome.reached_origin else "saw nothing"
+        table.add_row(
+            outcome.attempt.title,
+            Text(decision, style=COLOURS.get(decision, "")),
+            Text(record.get("AA_RULE", "sandbox" if not outcome.attempt.target else "")),
+            f"{1000 * outcome.seconds:.0f} ms",
+            Text(outcome.said[:60]),
+            origin if outcome.attempt.seen else "",
+            Text(f"{record['AA_SEQ']}: {record['MESSAGE']}" if record else "refused before any layer is asked"),
+            Text("ok", style="green") if outcome.as_expected else Text("UNEXPECTED", style="bold red"),
+        )
+    return table
+
+
+def measures_table(found: list[measures.Measure]) -> Table:
+    table = Table(title="What it costs here (not asserted)", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("how", style="dim")
+    for measure in found:
+        table.add_row(measure.name, measure.value, measure.how)
+    return table
+
+
+def measure_all(box: Container) -> list[measures.Measure]:
+    measures.prepare(box)
+    return [
+        *measures.connections(box, agent=AGENT),
+        *measures.memory(box),
+        *measures.starts(box, agent=AGENT),
+    ]
+
+
+def play(box: Container) -> bool:
+    with step("installing the package with apt"):
+        box.install_deb(*newest_debs())
+        configure(box)
+    with step("systemctl start aa-proxy"):
+        start(box)
+    with step("aasm run: the sample agent makes its attempts"):
+        outcomes = attempt_all(box)
+    with step("measuring"):
+        found = measure_all(box)
+    console.print(attempts_table(outcomes), measures_table(found))
+    surprises = sum(not outcome.as_expected for outcome in outcomes)
+    console.print(
+        f"{len(outcomes)} attempts, {surprises} of them not as expected. "
+        "Nothing of this is left on the machine but Debian packages."
+    )
+    return surprises == 0
+
+
+def main() -> int:
+    with ExitStack() as scene:
+        with step("booting a container with a real systemd, and the origins beside it"):
+            box = scene.enter_context(Container("demo"))
+        try:
+            return 0 if play(box) else 1
+        except LabError as problem:
+            console.print(Text(str(problem), style="red"))
+            console.print(Text(box.raw(["journalctl", "--no-pager", "--lines=80", *DAEMON_LOGS]).out))
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

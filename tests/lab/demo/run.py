@@ -1,0 +1,115 @@
+"""The demo's scene: install, configure, run the sample agent, and match its attempts with their records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tests.lab.demo.attempts import ATTEMPTS, Attempt
+from tests.lab.harness import Container, Origins, eventually
+
+HERE = Path(__file__).resolve().parent
+AGENT = "sample"
+WORK = "/home/dev/work"
+
+RUN_TIMEOUT = 300.0  # seconds for the whole agent
+RECORDS_TIMEOUT = 10.0  # seconds until the reporters have handed over what they hold
+LATE = 0.15  # seconds by which the record of an attempt may come after it, and its clock may differ
+DECIDING = ("decision", "refusal")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One attempt: what the agent saw, its deciding record in the journal, and what reached the origins."""
+
+    attempt: Attempt
+    succeeded: bool
+    said: str
+    seconds: float
+    record: Record | None
+    reached_origin: bool
+
+    @property
+    def as_expected(self) -> bool:
+        """Right effect on both ends, and a record with that decision where a layer decides."""
+        wanted = "allow" if self.attempt.allowed else "deny"
+        recorded = not self.attempt.target or (
+            self.record is not None and self.record.get("AA_DECISION") == wanted
+        )
+        reached = not self.attempt.seen or self.reached_origin == self.attempt.allowed
+        return self.succeeded == self.attempt.allowed and recorded and reached
+
+
+def configure(box: Container) -> None:
+    """Policy, agent file and work folder, as an operator would put them there."""
+    box.push("/etc/agent-assembly/policy.d/50-demo.toml", (HERE / "policy.toml").read_text())
+    box.push(f"/etc/agent-assembly/agents.d/{AGENT}.toml", (HERE / "agent.toml").read_text())
+    box.run(["install", "-d", "-o", "dev", "-g", "dev", WORK]).check()
+    attempts = json.dumps([a.command for a in ATTEMPTS])
+    for name, content in (("agent.py", (HERE / "agent.py").read_text()), ("attempts.json", attempts)):
+        box.push(f"{WORK}/{name}", content, owner="dev:dev")
+
+
+def start(box: Container) -> None:
+    """What an operator types. The proxy pulls in gateway, redirect and kernel layer."""
+    box.systemctl("start", "aa-proxy", timeout=60).check()
+
+
+def attempt_all(box: Container) -> list[Outcome]:
+    """Runs the sample agent; one outcome for each attempt that it made."""
+    cursor, mark = box.journal_cursor(), box.origins.mark()
+    done = box.run(
+        ["aasm", "run", "--agent", AGENT, "--", "/usr/bin/python3", "agent.py", "attempts.json"],
+        user="dev",
+        cwd=WORK,
+        timeout=RUN_TIMEOUT,
+    ).check()
+    told = [json.loads(line) for line in done.out.splitlines()]
+    matches = f"AA_AGENT={AGENT}"
+    eventually(
+        lambda: any(r.get("AA_KIND") == "run" and "ended" in r["MESSAGE"] for r in box.journal(matches, after=cursor)),
+        timeout=RECORDS_TIMEOUT,
+        what="the end of the run is recorded",
+    )
+    records = box.journal(matches, after=cursor)
+    return [_outcome(ATTEMPTS[t["number"]], t, records, box.origins, mark) for t in told]
+
+
+def _outcome(
+    attempt: Attempt, told: dict[str, Any], records: list[Record], origins: Origins, mark: int
+) -> Outcome:
+    begun, ended = told["begun"], told["ended"]
+    events = [e for e in origins.since(mark, **attempt.seen) if begun - LATE <= e["time"] <= ended + LATE]
+    if attempt.seen.get("kind") in ("packet", "connection"):
+        events = [e for e in events if e.get("port") != 53]  # the host's own resolver asks for it
+    return Outcome(
+        attempt,
+        told["code"] == 0,
+        told["said"],
+        ended - begun,
+        _record(attempt, begun, ended, records),
+        bool(attempt.seen and events),
+    )
+
+
+def _record(attempt: Attempt, begun: float, ended: float, records: list[Record]) -> Record | None:
+    """The record that decided: of those that name the target, the last one within the attempt's time."""
+    found = [
+        r
+        for r in records
+        if attempt.target
+        and attempt.target in r.get("AA_TARGET", "")
+        and r.get("AA_TYPE") in DECIDING
+        and begun - LATE <= _time(r) <= ended + LATE
+    ]
+    wanted = "allow" if attempt.allowed else "deny"
+    return next((r for r in reversed(found) if r.get("AA_DECISION") == wanted), found[-1] if found else None)
+
+
+def _time(record: Record) -> float:
+    return datetime.fromisoformat(record["AA_TIME"]).timestamp()
