@@ -1,0 +1,159 @@
+"""Looks at folders, and makes state folders, with the rights of a run's user and nobody else's.
+
+aa-launch is root; what a path means to a user is found out by a child that has become that user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pwd
+import signal
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from aa.launch.sandbox import Directory, state_folder
+
+LOOK_SECONDS = 5.0
+"""For the child; a home on a server that is away must not hold up the launch of others."""
+MAX_REPLY = 256 << 10
+
+FOLDER_MODE = 0o700
+
+
+class CannotLook(Exception):
+    """The child did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a run's user sees."""
+
+    home: str
+    """The home without links in its path."""
+    directory: Directory | None
+    """The working directory by its path; None when the user cannot reach it."""
+    reason: str
+    """Why not."""
+    folders: tuple[Directory, ...]
+    notes: tuple[str, ...]
+    """About state folders that are not as declared."""
+
+
+async def look(user: pwd.struct_passwd, directory: str, declared: Sequence[str]) -> Found:
+    """Resolves the working directory and makes what is missing of the declared state folders."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    pid = os.fork()
+    if pid == 0:
+        _child(user, theirs, directory, declared)
+    theirs.close()
+    try:
+        ours.setblocking(False)
+        async with asyncio.timeout(LOOK_SECONDS):
+            told = json.loads(await _read_all(ours))
+    except (TimeoutError, ValueError) as e:
+        os.kill(pid, signal.SIGKILL)
+        raise CannotLook(
+            f"cannot look at {directory} as {user.pw_name}: {e or 'no answer'}"
+        ) from e
+    finally:
+        ours.close()
+        await asyncio.shield(_reap(pid))
+    return Found(
+        home=told["home"],
+        directory=Directory(*told["directory"]) if told["directory"] else None,
+        reason=told["reason"],
+        folders=tuple(Directory(*f) for f in told["folders"]),
+        notes=tuple(told["notes"]),
+    )
+
+
+async def _read_all(sock: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while part := await loop.sock_recv(sock, 65536):
+        data += part
+        if len(data) > MAX_REPLY:
+            raise ValueError("the answer is too long")
+    return data
+
+
+async def _reap(pid: int) -> None:
+    """Waits for the child, which is at its end. One that hangs in the kernel is left to systemd."""
+    for _ in range(100):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return
+        await asyncio.sleep(0.001)
+
+
+def _child(
+    user: pwd.struct_passwd, reply: socket.socket, directory: str, declared: Sequence[str]
+) -> NoReturn:
+    """Becomes the user, looks, answers and ends. Nothing of the parent may run on in here."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+        os.umask(0o077)
+        reply.sendall(json.dumps(_look(user.pw_dir, directory, declared)).encode())
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _look(home: str, directory: str, declared: Sequence[str]) -> dict[str, Any]:
+    real_home = os.path.realpath(home)
+    folders: list[tuple[str, int, int]] = []
+    notes: list[str] = []
+    for name in declared:
+        place = state_folder(name, real_home)
+        if place is None:
+            notes.append(f"state folder {name} is left out: {real_home} is no home")
+            continue
+        try:
+            folders.append(make_folder(*place))
+        except OSError as e:
+            notes.append(f"state folder {name} stays read-only: {e.strerror}")
+    found: tuple[str, int, int] | None = None
+    reason = ""
+    try:
+        os.chdir(directory)
+        status = os.stat(directory, follow_symlinks=False)
+        found = (directory, status.st_dev, status.st_ino)
+    except OSError as e:
+        reason = e.strerror or str(e)
+    return {
+        "home": real_home,
+        "directory": found,
+        "reason": reason,
+        "folders": folders,
+        "notes": notes,
+    }
+
+
+def make_folder(top: str, path: str) -> tuple[str, int, int]:
+    """Opens a folder below `top`, making what is missing of it. A link on the way is an error."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(top, flags)
+    try:
+        for part in os.path.relpath(path, top).split("/"):
+            try:
+                below = os.open(part, flags, dir_fd=fd)
+            except FileNotFoundError:
+                os.mkdir(part, FOLDER_MODE, dir_fd=fd)
+                below = os.open(part, flags, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        status = os.fstat(fd)
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(20, "not a folder")
+        return path, status.st_dev, status.st_ino
+    finally:
+        os.close(fd)
