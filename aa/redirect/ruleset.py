@@ -318,8 +318,8 @@ def _deletions(chain: str, rules: Sequence[Rule], ours: Sequence[str]) -> list[s
 def _chain_differences(
     where: str, wanted: Sequence[Rule], there: Sequence[Rule] | None
 ) -> list[str]:
-    if there is None:
-        return [f"{where} is missing"]
+    if not there:
+        return [f"{where} is {'missing' if there is None else 'empty'}"]
     want, have = [normal(r.text) for r in wanted], [normal(r.text) for r in there]
     if want == have:
         return []

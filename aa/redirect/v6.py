@@ -33,10 +33,3 @@ def why_open(sysctl: Path = SYSCTL, addresses: Path = ADDRESSES) -> str:
         return f"IPv6 cannot be examined: {e}"
     return ""
 
-
-def has_loopback(addresses: Path = ADDRESSES) -> bool:
-    """True when ::1 is there for the proxy to listen on."""
-    try:
-        return any(line.startswith(f"{1:032x} ") for line in addresses.read_text().splitlines())
-    except OSError:
-        return False

@@ -50,7 +50,8 @@ def call(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str
 class Lab:
     """Use as a context manager. Commands run inside with `run`, governed ones with `governed`."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "nft") -> None:
+        self.backend = backend
         name = f"aa-test-{os.getpid()}-{next(_numbers)}"
         self.cgroup = cgroup2_root() / name
         self.slice = self.cgroup / paths.PROXY_SLICE
@@ -89,7 +90,15 @@ class Lab:
             umount -R /sys/fs/cgroup
             mount -t cgroup2 none /sys/fs/cgroup
             mount -t tmpfs none /run
-            mkdir -p /run/agent-assembly /run/state
+            mkdir -p /run/agent-assembly /run/state /run/etc
+            mkdir -p /run/empty && mount --bind /run/empty /usr/local
+            if [ -d /etc/agent-assembly ]; then mount --bind /run/etc /etc/agent-assembly; fi
+            cp -a /etc/alternatives /run/alternatives
+            for tool in iptables iptables-save iptables-restore \
+                ip6tables ip6tables-save ip6tables-restore; do
+                ln -sf /usr/sbin/${{tool/tables/tables-{self.backend}}} /run/alternatives/$tool
+            done
+            mount --bind /run/alternatives /etc/alternatives
             ip link set lo up
             ip link add ve-c type veth peer name ve-s
             echo ready
@@ -181,7 +190,7 @@ class Lab:
                 PYTHON, "-m", "aa.redirect", stderr=errors, env={**os.environ, **given}
             )
 
-    def saved(self, tool: str = "iptables-nft-save") -> list[str]:
+    def saved(self, tool: str = "iptables-save") -> list[str]:
         """The rules without comments and counters."""
         lines = self.run(tool).stdout.splitlines()
         return [line.partition(" [")[0] for line in lines if not line.startswith("#")]
