@@ -46,11 +46,15 @@ def connections(box: Container, *, agent: str, host: str = names.API) -> Iterato
         for governed in (True, False):
             prefix = ["aasm", "run", "--agent", agent, "--"] if governed else []
             user = "dev" if governed else "plain"
-            done = box.run([*prefix, *program], user=user, cwd=f"/home/{user}", timeout=TIMEOUT).check()
+            done = box.run(
+                [*prefix, *program], user=user, cwd=f"/home/{user}", timeout=TIMEOUT
+            ).check()
             for what, times in json.loads(done.out).items():
                 measured[governed][what] += times
     for what, title in (("connections", "new HTTPS connection"), ("lookups", "name lookup")):
-        through, direct = (statistics.median(measured[governed][what]) for governed in (True, False))
+        through, direct = (
+            statistics.median(measured[governed][what]) for governed in (True, False)
+        )
         yield Measure(
             f"{title}, added",
             f"{through - direct:+.2f} ms",
@@ -66,7 +70,11 @@ def memory(box: Container) -> Iterator[Measure]:
             yield Measure(f"memory of {daemon}", "not running", "")
             continue
         sizes = _fields(box.raw(["cat", f"/proc/{pid}/smaps_rollup"]).check().out)
-        yield Measure(f"memory of {daemon}", f"{sizes['Rss'] / 1024:.1f} MiB", f"PSS {sizes['Pss'] / 1024:.1f} MiB")
+        yield Measure(
+            f"memory of {daemon}",
+            f"{sizes['Rss'] / 1024:.1f} MiB",
+            f"PSS {sizes['Pss'] / 1024:.1f} MiB",
+        )
 
 
 def starts(box: Container, *, agent: str) -> Iterator[Measure]:

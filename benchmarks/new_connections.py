@@ -16,13 +16,17 @@ def main(host: str, count: int) -> None:
     lookups, connections = [], []
     for _ in range(count + 1):
         begun = time.perf_counter()
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)[
+            0
+        ]
         found = time.perf_counter()
         with socket.socket(family, kind, protocol) as raw:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw.connect(address)
             with context.wrap_socket(raw, server_hostname=host) as stream:
-                stream.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                stream.sendall(
+                    f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+                )
                 answer = stream.recv(65536)
         done = time.perf_counter()
         if not answer.startswith(b"HTTP/1.1 200"):

@@ -20,7 +20,11 @@ def debian_mirror() -> str:
         capture_output=True,
         text=True,
     ).stdout
-    found = [line.split()[0] for line in listed.splitlines() if line.endswith((" Debian oldstable", " Debian stable"))]
+    found = [
+        line.split()[0]
+        for line in listed.splitlines()
+        if line.endswith((" Debian oldstable", " Debian stable"))
+    ]
     assert found, "no Debian release among this machine's apt sources"
     return found[0]
 
@@ -31,7 +35,9 @@ def test_apt_resolves_every_dependency_from_main_alone(tmp_path: Path, release: 
     for directory in ("lists/partial", "archives/partial", "parts"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "status").touch()
-    (tmp_path / "sources").write_text(f"deb [signed-by={KEYRING}] {debian_mirror()} {release} main\n")
+    (tmp_path / "sources").write_text(
+        f"deb [signed-by={KEYRING}] {debian_mirror()} {release} main\n"
+    )
     apt = [
         "apt-get",
         *("-o", f"Dir::State::lists={tmp_path}/lists"),

@@ -90,14 +90,18 @@ def test_files_go_in_and_out(box: Container) -> None:
 @pytest.mark.parametrize("family", ["-4", "-6"])
 def test_origins_answer_with_their_own_certificates(box: Container, family: str) -> None:
     mark = box.origins.mark()
-    done = box.run(["curl", "--silent", "--show-error", family, f"https://{names.API}/x"], user="plain")
+    done = box.run(
+        ["curl", "--silent", "--show-error", family, f"https://{names.API}/x"], user="plain"
+    )
     assert done.ok, done.err
     requests = box.origins.since(mark, kind="request", host=names.API, path="/x")
     assert [r["sni"] for r in requests] == [names.API]
 
 
 def test_origins_serve_git(box: Container) -> None:
-    done = box.run(f"cd $(mktemp -d) && git clone -q https://{names.GIT}/project.git && cat project/README")
+    done = box.run(
+        f"cd $(mktemp -d) && git clone -q https://{names.GIT}/project.git && cat project/README"
+    )
     assert done.out == "A repository of the lab.\n", done.err
 
 
@@ -128,7 +132,9 @@ def test_kernel_interfaces_that_programs_under_test_need_are_open(box: Container
         "c.syscall(425, 4, ctypes.create_string_buffer(120)) > 0)"
     )
     assert box.run(["python3", "-c", probe], user="plain").out == "True True\n"
-    mounted = "mkdir /run/lab-bpf && mount -t bpf bpf /run/lab-bpf && bpftool map create /run/lab-bpf/m"
+    mounted = (
+        "mkdir /run/lab-bpf && mount -t bpf bpf /run/lab-bpf && bpftool map create /run/lab-bpf/m"
+    )
     created = box.run(f"{mounted} type hash key 4 value 4 entries 1 name m; umount /run/lab-bpf")
     assert created.ok, created.err
     assert box.raw(["test", "-r", "/sys/kernel/btf/vmlinux"]).ok

@@ -115,8 +115,12 @@ def test_modules_are_compiled_when_the_package_is_installed(box: Container) -> N
 
 def test_gateway_starts_when_somebody_calls(box: Container) -> None:
     box.systemctl("stop", "aa-gateway.service")
-    call = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/agent-assembly/control')"
-    box.run(["/usr/bin/python3", "-I", "-c", call + f"; s.send({BAD_CALL!r}); s.recv(9)"], timeout=30)
+    call = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/agent-assembly/control')"
+    )
+    box.run(
+        ["/usr/bin/python3", "-I", "-c", call + f"; s.send({BAD_CALL!r}); s.recv(9)"], timeout=30
+    )
     eventually(
         lambda: box.show("aa-gateway.service", "ActiveState")["ActiveState"] == "active",
         what="the gateway is active",

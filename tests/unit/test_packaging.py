@@ -61,12 +61,16 @@ def test_distribution_depends_on_exactly_the_modules_that_are_imported() -> None
 def test_list_for_building_and_testing_has_all_that_the_deb_needs() -> None:
     listed = set(re.sub("#.*", "", (TOP / "packaging/packages.txt").read_text()).split())
     needed = depends("Depends") | depends("Build-Depends")
-    assert {p for p in needed if not p.startswith(("dh-sequence-", "debhelper-compat"))} - {"python3"} <= listed
+    assert {p for p in needed if not p.startswith(("dh-sequence-", "debhelper-compat"))} - {
+        "python3"
+    } <= listed
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_every_service_starts_a_module_that_is_there(unit: Path) -> None:
-    started = re.findall(r"^ExecStart=/usr/bin/python3 -I -m (\S+)$", unit.read_text(), re.MULTILINE)
+    started = re.findall(
+        r"^ExecStart=/usr/bin/python3 -I -m (\S+)$", unit.read_text(), re.MULTILINE
+    )
     assert len(started) == 1, "one ExecStart= in the isolated mode of Python"
     assert (TOP / started[0].replace(".", "/") / "__main__.py").exists()
 

@@ -36,7 +36,9 @@ def step(title: str) -> Iterator[None]:
 
 
 def attempts_table(outcomes: list[Outcome]) -> Table:
-    table = Table(title="What the governed agent tried, and what became of it", title_justify="left")
+    table = Table(
+        title="What the governed agent tried, and what became of it", title_justify="left"
+    )
     for column in ("attempt", "decision", "rule"):
         table.add_column(column)
     table.add_column("time", justify="right")
@@ -54,8 +56,14 @@ def attempts_table(outcomes: list[Outcome]) -> Table:
             f"{1000 * outcome.seconds:.0f} ms",
             Text(outcome.said[:60]),
             origin if outcome.attempt.seen else "",
-            Text(f"{record['AA_SEQ']}: {record['MESSAGE']}" if record else "refused before any layer is asked"),
-            Text("ok", style="green") if outcome.as_expected else Text("UNEXPECTED", style="bold red"),
+            Text(
+                f"{record['AA_SEQ']}: {record['MESSAGE']}"
+                if record
+                else "refused before any layer is asked"
+            ),
+            Text("ok", style="green")
+            if outcome.as_expected
+            else Text("UNEXPECTED", style="bold red"),
         )
     return table
 
@@ -106,7 +114,9 @@ def main() -> int:
             return 0 if play(box) else 1
         except LabError as problem:
             console.print(Text(str(problem), style="red"))
-            console.print(Text(box.raw(["journalctl", "--no-pager", "--lines=80", *DAEMON_LOGS]).out))
+            console.print(
+                Text(box.raw(["journalctl", "--no-pager", "--lines=80", *DAEMON_LOGS]).out)
+            )
             return 1
 
 

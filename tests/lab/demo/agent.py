@@ -16,7 +16,12 @@ PAUSE = 0.1  # seconds between two, so that their records can be told apart by t
 def attempt(command: list[str]) -> tuple[int, str]:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=SECONDS
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         return 124, f"no answer within {SECONDS:.0f} s"
@@ -34,7 +39,9 @@ def main(path: str) -> None:
         code, said = attempt(command)
         ended = time.time()
         print(
-            json.dumps({"number": number, "code": code, "said": said, "begun": begun, "ended": ended}),
+            json.dumps(
+                {"number": number, "code": code, "said": said, "begun": begun, "ended": ended}
+            ),
             flush=True,
         )
         time.sleep(PAUSE)

@@ -27,9 +27,7 @@ RING = (
     f"r = c.syscall({IO_URING_SETUP}, 4, ctypes.create_string_buffer(120)); "
     "print(os.strerror(ctypes.get_errno())); raise SystemExit(r < 0)"
 )
-CONNECT_UNIX = (
-    "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print('connected')"
-)
+CONNECT_UNIX = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print('connected')"
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,14 @@ ATTEMPTS = (
     ),
     Attempt(
         "HTTPS by Node's fetch",
-        ["env", f"NODE_EXTRA_CA_CERTS={AUTHORITY_INSIDE}", "node", "-e", FETCH, f"https://{names.API}/node"],
+        [
+            "env",
+            f"NODE_EXTRA_CA_CERTS={AUTHORITY_INSIDE}",
+            "node",
+            "-e",
+            FETCH,
+            f"https://{names.API}/node",
+        ],
         True,
         f"{names.API}:443",
         _request(names.API, "/node"),
@@ -101,7 +106,13 @@ ATTEMPTS = (
         f"{names.API}:443",
         _request(names.API, "/explicit"),
     ),
-    Attempt("a name no rule allows", ["getent", "ahosts", names.OTHER], False, names.OTHER, {"kind": "dns"}),
+    Attempt(
+        "a name no rule allows",
+        ["getent", "ahosts", names.OTHER],
+        False,
+        names.OTHER,
+        {"kind": "dns"},
+    ),
     Attempt(
         "a denied host by address",
         [*CURL, "--resolve", f"{names.DENIED}:443:10.77.0.20", f"https://{names.DENIED}/"],
@@ -130,14 +141,20 @@ ATTEMPTS = (
         names.METADATA_V4,
         {"kind": "packet"},
     ),
-    Attempt("TCP to another port", [*PYTHON, TCP, API_V4, "9999"], False, API_V4, {"kind": "connection"}),
+    Attempt(
+        "TCP to another port", [*PYTHON, TCP, API_V4, "9999"], False, API_V4, {"kind": "connection"}
+    ),
     Attempt("UDP", [*PYTHON, UDP, API_V4, "9999"], False, f"{API_V4}:9999", {"kind": "packet"}),
-    Attempt("QUIC's port", [*PYTHON, UDP, API_V4, "443"], False, f"{API_V4}:443", {"kind": "packet"}),
+    Attempt(
+        "QUIC's port", [*PYTHON, UDP, API_V4, "443"], False, f"{API_V4}:443", {"kind": "packet"}
+    ),
     Attempt("a ping socket", [*PYTHON, SOCKET, "2", "2", "1"], False, "", {"kind": "packet"}),
     Attempt("a raw socket", [*PYTHON, SOCKET, "2", "3", "1"], False, "", {"kind": "packet"}),
     Attempt("a packet socket", [*PYTHON, SOCKET, "17", "3"], False, "", {"kind": "packet"}),
     Attempt("a vsock socket", [*PYTHON, SOCKET, "40", "1"], False, ""),
     Attempt("an io_uring", [*PYTHON, RING], False, ""),
-    Attempt("the operators' socket", [*PYTHON, CONNECT_UNIX, "/run/agent-assembly/control"], False, ""),
+    Attempt(
+        "the operators' socket", [*PYTHON, CONNECT_UNIX, "/run/agent-assembly/control"], False, ""
+    ),
     Attempt("the audit log", ["cat", "/var/log/agent-assembly/audit.jsonl"], False, ""),
 )

@@ -51,7 +51,10 @@ def configure(box: Container) -> None:
     box.push(f"/etc/agent-assembly/agents.d/{AGENT}.toml", (HERE / "agent.toml").read_text())
     box.run(["install", "-d", "-o", "dev", "-g", "dev", WORK]).check()
     attempts = json.dumps([a.command for a in ATTEMPTS])
-    for name, content in (("agent.py", (HERE / "agent.py").read_text()), ("attempts.json", attempts)):
+    for name, content in (
+        ("agent.py", (HERE / "agent.py").read_text()),
+        ("attempts.json", attempts),
+    ):
         box.push(f"{WORK}/{name}", content, owner="dev:dev")
 
 
@@ -72,7 +75,10 @@ def attempt_all(box: Container) -> list[Outcome]:
     told = [json.loads(line) for line in done.out.splitlines()]
     matches = f"AA_AGENT={AGENT}"
     eventually(
-        lambda: any(r.get("AA_KIND") == "run" and "ended" in r["MESSAGE"] for r in box.journal(matches, after=cursor)),
+        lambda: any(
+            r.get("AA_KIND") == "run" and "ended" in r["MESSAGE"]
+            for r in box.journal(matches, after=cursor)
+        ),
         timeout=RECORDS_TIMEOUT,
         what="the end of the run is recorded",
     )
@@ -84,7 +90,9 @@ def _outcome(
     attempt: Attempt, told: dict[str, Any], records: list[Record], origins: Origins, mark: int
 ) -> Outcome:
     begun, ended = told["begun"], told["ended"]
-    events = [e for e in origins.since(mark, **attempt.seen) if begun - LATE <= e["time"] <= ended + LATE]
+    events = [
+        e for e in origins.since(mark, **attempt.seen) if begun - LATE <= e["time"] <= ended + LATE
+    ]
     if attempt.seen.get("kind") in ("packet", "connection"):
         events = [e for e in events if e.get("port") != 53]  # the host's own resolver asks for it
     return Outcome(
@@ -108,7 +116,9 @@ def _record(attempt: Attempt, begun: float, ended: float, records: list[Record])
         and begun - LATE <= _time(r) <= ended + LATE
     ]
     wanted = "allow" if attempt.allowed else "deny"
-    return next((r for r in reversed(found) if r.get("AA_DECISION") == wanted), found[-1] if found else None)
+    return next(
+        (r for r in reversed(found) if r.get("AA_DECISION") == wanted), found[-1] if found else None
+    )
 
 
 def _time(record: Record) -> float:

@@ -1,13 +1,13 @@
 """A lab from a shell, as root, from the top of the source tree.
 
-    /usr/bin/python3 -m tests.lab.harness up NAME            boots and stays; nothing of ours is installed
-    /usr/bin/python3 -m tests.lab.harness install NAME       the newest dist/*.deb into it
-    /usr/bin/python3 -m tests.lab.harness sync NAME          aa/ and units/ of this tree over an installed deb
-    /usr/bin/python3 -m tests.lab.harness run NAME [--user dev] -- CMD...
-    /usr/bin/python3 -m tests.lab.harness shell NAME [--user dev]
-    /usr/bin/python3 -m tests.lab.harness seen NAME          what the origins saw
-    /usr/bin/python3 -m tests.lab.harness down NAME
-    /usr/bin/python3 -m tests.lab.harness list | sweep
+/usr/bin/python3 -m tests.lab.harness up NAME            boots and stays; nothing of ours is installed
+/usr/bin/python3 -m tests.lab.harness install NAME       the newest dist/*.deb into it
+/usr/bin/python3 -m tests.lab.harness sync NAME          aa/ and units/ of this tree over an installed deb
+/usr/bin/python3 -m tests.lab.harness run NAME [--user dev] -- CMD...
+/usr/bin/python3 -m tests.lab.harness shell NAME [--user dev]
+/usr/bin/python3 -m tests.lab.harness seen NAME          what the origins saw
+/usr/bin/python3 -m tests.lab.harness down NAME
+/usr/bin/python3 -m tests.lab.harness list | sweep
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def sync(box: Container) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="tests.lab.harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tests.lab.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "verb", choices=["up", "install", "sync", "run", "shell", "seen", "down", "list", "sweep"]
@@ -67,7 +69,9 @@ def main() -> int:
         case "sync":
             sync(box.attach())
         case "run":
-            done = box.attach().run([c for c in command if c != "--"], user=arguments.user, timeout=600)
+            done = box.attach().run(
+                [c for c in command if c != "--"], user=arguments.user, timeout=600
+            )
             sys.stdout.write(done.out)
             sys.stderr.write(done.err)
             return done.code

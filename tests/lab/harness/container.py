@@ -30,7 +30,9 @@ REPOSITORY = HERE.parents[2]
 STATE = Path("/run/aa-lab")
 
 MEMORY = "3g"  # the most that a container's writes may take
-BOOT_TIMEOUT = 60.0  # seconds until the manager answers on the bus and has started its default target
+BOOT_TIMEOUT = (
+    60.0  # seconds until the manager answers on the bus and has started its default target
+)
 RUN_TIMEOUT = 60.0  # seconds for one command inside
 STOP_TIMEOUT = 10.0  # seconds for an orderly poweroff before everything is killed
 KILLED = 124  # exit code of a command that was stopped at its deadline, as in timeout(1)
@@ -103,7 +105,9 @@ class Container:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, name: str | None = None, *, memory: str = MEMORY, keep: bool = False) -> None:
+    def __init__(
+        self, name: str | None = None, *, memory: str = MEMORY, keep: bool = False
+    ) -> None:
         self.name = f"aa-lab-{name or os.getpid()}"
         self.state = STATE / self.name
         self.origins = Origins(self.state / "origins")
@@ -208,7 +212,9 @@ class Container:
             if supervisor.poll() is not None:
                 raise LabError(f"{self.name} did not boot:\n{self.console()}")
             if time.monotonic() > deadline:
-                raise LabError(f"{self.name} is not up after {BOOT_TIMEOUT:.0f} s:\n{self.console()}")
+                raise LabError(
+                    f"{self.name} is not up after {BOOT_TIMEOUT:.0f} s:\n{self.console()}"
+                )
             time.sleep(0.02)
         self.leader = leader
         (self.state / "leader").write_text(str(leader))
@@ -241,12 +247,15 @@ class Container:
 
         A string is a shell command. At the deadline the whole service is killed and the code is 124.
         """
-        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        argv = _argv(command)
         unit = f"lab-{os.getpid()}-{next(self._numbers)}.service"
         started = time.monotonic()
         try:
             return _result(
-                self._enter(self._service(unit, user, env, cwd, properties) + argv), input, timeout, argv
+                self._enter(self._service(unit, user, env, cwd, properties) + argv),
+                input,
+                timeout,
+                argv,
             )
         except subprocess.TimeoutExpired as late:
             self.raw(["systemctl", "kill", "--signal=KILL", unit])
@@ -265,10 +274,12 @@ class Container:
         **how: Any,
     ) -> subprocess.Popen[Any]:
         """Like `run`, but returns at once; `how` goes to `subprocess.Popen`. End it by `terminate` and `wait`."""
-        argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        argv = _argv(command)
         unit = f"lab-{os.getpid()}-{next(self._numbers)}.service"
         return subprocess.Popen(
-            self._enter(self._service(unit, user, env, cwd, properties) + argv), env=ROOT_ENVIRONMENT, **how
+            self._enter(self._service(unit, user, env, cwd, properties) + argv),
+            env=ROOT_ENVIRONMENT,
+            **how,
         )
 
     def shell(self, user: str = "root") -> int:
@@ -288,7 +299,7 @@ class Container:
         env: Mapping[str, str] | None,
         cwd: str | None,
         properties: Sequence[str],
-    ) -> list[str | Path]:
+    ) -> list[str]:
         options = [f"--setenv={k}={v}" for k, v in {**ENVIRONMENT, **(env or {})}.items()]
         options += [f"--property={p}" for p in properties]
         options += [f"--working-directory={cwd}"] if cwd else []
@@ -325,12 +336,16 @@ class Container:
         shown = self.systemctl("show", unit, *(f"--property={p}" for p in properties)).check().out
         return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
-    def journal(self, *matches: str, unit: str | None = None, after: str | None = None) -> list[dict[str, Any]]:
+    def journal(
+        self, *matches: str, unit: str | None = None, after: str | None = None
+    ) -> list[dict[str, Any]]:
         """The journal's records, oldest first; `after` is a cursor of `journal_cursor`."""
         self.raw(["journalctl", "--sync"]).check()
         options = [f"--unit={unit}"] if unit else []
         options += [f"--after-cursor={after}"] if after else []
-        done = self.raw(["journalctl", "--quiet", "--no-pager", "--all", "--output=json", *options, *matches])
+        done = self.raw(
+            ["journalctl", "--quiet", "--no-pager", "--all", "--output=json", *options, *matches]
+        )
         return [json.loads(line) for line in done.out.splitlines()]
 
     def journal_cursor(self) -> str:
@@ -346,7 +361,15 @@ class Container:
             self.push(f"/var/cache/lab/{package.name}", package.read_bytes())
             inside.append(f"/var/cache/lab/{package.name}")
         done = self.run(
-            ["apt-get", "install", "--yes", "--no-install-recommends", "-o", "APT::Sandbox::User=root", *inside],
+            [
+                "apt-get",
+                "install",
+                "--yes",
+                "--no-install-recommends",
+                "-o",
+                "APT::Sandbox::User=root",
+                *inside,
+            ],
             env={"DEBIAN_FRONTEND": "noninteractive"},
             timeout=timeout,
         ).check()
@@ -355,7 +378,11 @@ class Container:
 
 
 def eventually(
-    condition: Callable[[], Any], *, timeout: float = 10.0, every: float = 0.05, what: str = "condition"
+    condition: Callable[[], Any],
+    *,
+    timeout: float = 10.0,
+    every: float = 0.05,
+    what: str = "condition",
 ) -> Any:
     """The first true value of `condition`, asked again until the deadline; `LabError` after it."""
     deadline = time.monotonic() + timeout
@@ -382,7 +409,10 @@ def destroy(name: str) -> None:
         raise LabError(f"cannot remove {name}: {done.stderr.strip()}")
     shutil.rmtree(state, ignore_errors=True)
     # nspawn leaves these in the machine's /run
-    for trace in (Path("/run/systemd/nspawn/propagate") / name, Path("/run/systemd/nspawn/unix-export") / name):
+    for trace in (
+        Path("/run/systemd/nspawn/propagate") / name,
+        Path("/run/systemd/nspawn/unix-export") / name,
+    ):
         if trace.is_dir():
             trace.rmdir()
 
@@ -422,7 +452,9 @@ def _leader(supervisor: int) -> int:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         except OSError:
             continue
-        numbers = next((line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")), [])
+        numbers = next(
+            (line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")), []
+        )
         if len(numbers) > 1 and numbers[-1] == "1" and "Name:\tsystemd\n" in status:
             return pid
         waiting += map(int, children.split())
@@ -432,6 +464,10 @@ def _leader(supervisor: int) -> int:
 def _answers(leader: int) -> bool:
     """Whether the container's bus is there. A relative path below /proc/PID/root cannot leave it."""
     return Path(f"/proc/{leader}/root/run/dbus/system_bus_socket").exists()
+
+
+def _argv(command: str | Sequence[str | Path]) -> list[str]:
+    return ["/bin/sh", "-c", command] if isinstance(command, str) else [str(c) for c in command]
 
 
 def _result(
@@ -447,7 +483,9 @@ def _result(
         check=False,
     )
     took = time.monotonic() - started
-    return Result(tuple(map(str, shown)), done.returncode, _text(done.stdout), _text(done.stderr), took)
+    return Result(
+        tuple(map(str, shown)), done.returncode, _text(done.stdout), _text(done.stderr), took
+    )
 
 
 def _text(output: bytes | None) -> str:

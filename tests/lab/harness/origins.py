@@ -33,11 +33,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import names  # noqa: E402  (this file runs with -I, where its own folder is not on the path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # python3 -I leaves it out
+from tests.lab.harness import names  # noqa: E402
 
 CLIENT_TIMEOUT = 20.0  # seconds; a client that says nothing for so long is dropped
-BODY_LIMIT = 64 * 1024 * 1024  # bytes; the largest body of /bytes/N and the most that is read of a request
+BODY_LIMIT = (
+    64 * 1024 * 1024
+)  # bytes; the largest body of /bytes/N and the most that is read of a request
 CERTIFICATE_DAYS = 30
 GIT_PREFIX = "/project.git"
 DNS_TTL = 5  # seconds
@@ -89,7 +91,9 @@ class Authority:
                 critical=False,
             )
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
                 critical=False,
@@ -97,21 +101,16 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         chain = self._directory / f"{names_and_addresses[0]}.pem"
-        chain.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-            + leaf.public_bytes(serialization.Encoding.PEM)
-        )
+        chain.write_bytes(_pem(key) + leaf.public_bytes(serialization.Encoding.PEM))
         chain.chmod(0o600)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(chain)
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def _builder(self, subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, public: ec.EllipticCurvePublicKey
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.timezone.utc)
         return (
             x509.CertificateBuilder()
@@ -122,6 +121,11 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
         )
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    plain = serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
 
 
 def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
@@ -172,7 +176,9 @@ class Web(http.server.BaseHTTPRequestHandler):
         self.sni: str | None = None
         if self.server.certificates is not None:
             self.request.settimeout(CLIENT_TIMEOUT)
-            self.request = self.server.certificates.default.wrap_socket(self.request, server_side=True)
+            self.request = self.server.certificates.default.wrap_socket(
+                self.request, server_side=True
+            )
             self.sni = getattr(self.request, "lab_sni", None)
         super().setup()
 
@@ -344,13 +350,17 @@ def answer_query(data: bytes, log: Log, transport: str, peer: str) -> bytes:
     else:
         found = {"A": host.v4, "AAAA": host.v6}.get(wanted, ())
         if found:
-            reply.answer.append(dns.rrset.from_text_list(question.name, DNS_TTL, "IN", wanted, list(found)))
+            reply.answer.append(
+                dns.rrset.from_text_list(question.name, DNS_TTL, "IN", wanted, list(found))
+            )
     return reply.to_wire()
 
 
 def serve_datagrams(address: str, port: int, log: Log) -> None:
     """Serves one UDP port of one address: DNS on 53, echo elsewhere. Each datagram is a line in the log."""
-    endpoint = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    endpoint = socket.socket(
+        socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
+    )
     endpoint.bind((address, port))
 
     def loop() -> None:
@@ -389,8 +399,10 @@ def describe_packet(frame: bytes) -> dict[str, Any] | None:
         seen["port"] = struct.unpack("!H", payload[2:4])[0]
     if protocol == TCP and len(payload) >= 14 and payload[13] & 0x12 != 0x02:
         return None
-    if protocol == ICMPV6 and payload and (
-        payload[0] in NEIGHBOUR_DISCOVERY or payload[0] == MULTICAST_REPORT
+    if (
+        protocol == ICMPV6
+        and payload
+        and (payload[0] in NEIGHBOUR_DISCOVERY or payload[0] == MULTICAST_REPORT)
     ):
         return None
     return seen
@@ -436,7 +448,15 @@ def main(directory: Path) -> None:
     for address in names.addresses():
         bits = "64" if ":" in address else "24"
         subprocess.run(
-            ["ip", "address", "add", f"{address}/{bits}", "dev", "veth-origins", *(["nodad"] if ":" in address else [])],
+            [
+                "ip",
+                "address",
+                "add",
+                f"{address}/{bits}",
+                "dev",
+                "veth-origins",
+                *(["nodad"] if ":" in address else []),
+            ],
             check=True,
             timeout=10,
         )
@@ -455,7 +475,9 @@ def main(directory: Path) -> None:
             (53, DnsStream, None),
         ):
             listeners.append(
-                Listener(port, answers, v6=v6, log=log, repositories=repositories, certificates=secure)
+                Listener(
+                    port, answers, v6=v6, log=log, repositories=repositories, certificates=secure
+                )
             )
     for address in (names.ORIGINS_V4, names.ORIGINS_V6):
         serve_datagrams(address, 53, log)
