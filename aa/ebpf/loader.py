@@ -457,7 +457,8 @@ def unload(pins: Path = PIN_DIR) -> list[str]:
     """Removes every pin, and with it every program and map. Returns what went."""
     require_bpffs(pins)
     gone = []
-    for directory in sorted(pins.iterdir()):
+    ours = (d for d in sorted(pins.iterdir()) if d.is_dir())  # the kernel has files of its own here
+    for directory in ours:
         gone += [f"{directory.name}/{pin.name}" for pin in sorted(directory.iterdir())]
         shutil.rmtree(directory)
     return gone

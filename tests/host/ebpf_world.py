@@ -35,14 +35,13 @@ CLIENT4, SERVER4 = "10.78.0.1", "10.78.0.2"
 CLIENT6, SERVER6 = "fd78::1", "fd78::2"
 
 
-def sh(*command: str, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
+def sh(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command, text=True, capture_output=True, timeout=COMMAND_SECONDS, **more  # type: ignore[call-overload]
+        command, text=True, capture_output=True, timeout=COMMAND_SECONDS, check=False
     )
     if check and done.returncode:
         raise AssertionError(f"{command}: {done.returncode} {done.stdout}{done.stderr}")
-    result: subprocess.CompletedProcess[str] = done
-    return result
+    return done
 
 
 def eventually(what: Callable[[], T], *, seconds: float = 8.0) -> T:
