@@ -1,4 +1,4 @@
-"""The DNS forwarder: a query of a run is decided by name before anybody is asked, then answered as this host would.
+"""The DNS forwarder: a query is decided by name before anybody is asked, then answered as usual.
 
 Only the decided name and its type travel on, in a query made anew: flags, EDNS
 options and letter case of the client's packet carry nothing out. HTTPS and SVCB
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import re
 import secrets
 import socket
 import struct
@@ -19,6 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from typing import cast
 
 import dns.edns
 import dns.exception
@@ -66,7 +67,6 @@ META_TYPES = range(128, 256)
 HIDDEN_TYPES = frozenset((dns.rdatatype.HTTPS, dns.rdatatype.SVCB))
 ADDRESS_TYPES = {dns.rdatatype.A: 4, dns.rdatatype.AAAA: 6}
 
-_LABEL = re.compile(rb"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _LENGTH = struct.Struct("!H")
 
 log = logging.getLogger(__name__)
@@ -121,22 +121,17 @@ def parse_query(wire: bytes) -> Query:
 
 
 def canonical_name(name: dns.name.Name) -> str:
-    """The text that is decided: lower case, no dot at the end. Raises `Rejected`.
-
-    Beside host names this takes labels with underscores (SRV, TXT); nothing else.
-    """
-    labels = [label.lower() for label in name.labels[:-1]]
-    if not labels or not all(_LABEL.fullmatch(label) for label in labels):
+    """The text that is decided: lower case, no dot at the end. Raises `Rejected`."""
+    labels = name.labels[:-1]
+    if not labels or any(b"." in label or not label.isascii() for label in labels):
         raise Rejected(dns.rcode.REFUSED, "not a name that can be decided")
-    text = b".".join(labels).decode("ascii")
-    if "_" not in text:
-        try:
-            host = canonical_host(text)
-        except InvalidHost as e:
-            raise Rejected(dns.rcode.REFUSED, str(e)) from None
-        if host.is_address or str(host) != text:
-            raise Rejected(dns.rcode.REFUSED, "not a canonical name")
-    return text
+    try:
+        host = canonical_host(b".".join(labels).decode("ascii"))
+    except InvalidHost as e:
+        raise Rejected(dns.rcode.REFUSED, str(e)) from None
+    if host.is_address:
+        raise Rejected(dns.rcode.REFUSED, "an address in place of a name")
+    return str(host)
 
 
 def failure(
@@ -459,8 +454,8 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        # Python 3.11's own datagram transport is no subclass of it, so a check would fail there.
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self._forwarder.take_datagram(data, addr, self, self._family)
