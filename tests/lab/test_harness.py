@@ -49,7 +49,7 @@ def machine_state() -> dict[str, object]:
         "cgroups": sorted(str(p) for p in Path("/sys/fs/cgroup").glob("**/aa-lab-*")),
         "trust": sorted(p.name for p in Path("/etc/ssl/certs").iterdir()),
         "users": Path("/etc/passwd").read_text(),
-        "nspawn": sorted(str(p) for p in Path("/run/systemd/nspawn").glob("*/aa-lab-*")),
+        "run": sorted(str(p) for p in Path("/run/systemd").glob("nspawn/*/aa-lab-*")),
     }
 
 

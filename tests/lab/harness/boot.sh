@@ -1,5 +1,5 @@
 #!/bin/sh
-# boot.sh NAME STATE REPO MEMORY: becomes systemd-nspawn with a real systemd over the machine's own root.
+# boot.sh NAME STATE REPOSITORY MEMORY: becomes systemd-nspawn with a real systemd over the machine's own root.
 # Its standard input is held open by the lab's owner: when it ends, so does the lab.
 #
 # Runs as root in a private mount namespace (`unshare --mount --propagation private`) and in no
@@ -19,10 +19,11 @@ exec 3<&0 < /dev/null
 (cat <&3 > /dev/null; echo 1 > /sys/fs/cgroup/"$name"/cgroup.kill) &
 exec 3<&-
 
-mount -t tmpfs -o mode=755 "$name" "$state"/netns
-mkdir -p /run/netns
-mount --bind "$state"/netns /run/netns
-mount --make-shared /run/netns
+# A /run of its own, with the lab's state in its place: what ip and nspawn keep there is gone with it.
+mount -t tmpfs -o mode=755 "$name" "$state"/run
+mkdir -p "$state"/run/netns "$state/run/${state#/run/}"
+mount --bind "$state" "$state/run/${state#/run/}"
+mount --no-mtab --move "$state"/run /run
 ip netns add box
 ip netns add origins
 ip link add veth-box netns box type veth peer name veth-origins netns origins
@@ -74,7 +75,8 @@ install -d -m 2755 -g systemd-journal "$root"/var/log/journal
 
 groupadd --prefix "$root" --system --force docker
 for person in dev:2000 plain:2001; do
-    useradd --prefix "$root" --create-home --user-group --uid "${person#*:}" --shell /bin/bash "${person%:*}"
+    userdel --prefix "$root" --force "${person%:*}" 2> /dev/null || true
+    useradd --prefix "$root" --create-home --non-unique --uid "${person#*:}" --shell /bin/bash "${person%:*}"
 done
 for group in docker adm sudo; do
     getent group "$group" > /dev/null || groupadd --prefix "$root" --system --force "$group"

@@ -13,6 +13,7 @@ cgroup; `destroy` and `sweep` remove what is left of any lab, however it ended.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -137,7 +138,7 @@ class Container:
             raise LabError("the lab needs root: it makes namespaces, mounts and cgroups of its own")
         if self.state.exists():
             raise LabError(f"{self.state} exists: a lab of this name runs, or `destroy` it")
-        for directory in ("tree", "netns", "origins"):
+        for directory in ("tree", "run", "origins"):
             (self.state / directory).mkdir(parents=True)
         (self.state / "owner").write_text("" if self._keep else _owner(os.getpid()))
         lifeline = self._lifeline()
@@ -408,13 +409,8 @@ def destroy(name: str) -> None:
     if done.returncode != 0:
         raise LabError(f"cannot remove {name}: {done.stderr.strip()}")
     shutil.rmtree(state, ignore_errors=True)
-    # nspawn leaves these in the machine's /run
-    for trace in (
-        Path("/run/systemd/nspawn/propagate") / name,
-        Path("/run/systemd/nspawn/unix-export") / name,
-    ):
-        if trace.is_dir():
-            trace.rmdir()
+    with contextlib.suppress(OSError):  # others may be there
+        STATE.rmdir()
 
 
 def sweep() -> list[str]:
