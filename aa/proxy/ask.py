@@ -34,7 +34,7 @@ COUNTING_SECONDS = 1.0
 
 
 class GatewayAway(Exception):
-    """No decision could be had. `decision` is the denial to use; the gateway has not recorded it."""
+    """No decision could be had. `decision` is the denial to use; the gateway has no record."""
 
     def __init__(self, decision: Decision) -> None:
         self.decision = decision

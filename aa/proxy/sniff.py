@@ -223,10 +223,10 @@ def _recognise(data: bytearray) -> Protocol | None:
     stop = _NOT_TOKEN.search(data, 0, METHOD_LIMIT + 1)
     if stop is None:
         return Protocol.OPAQUE if len(data) > METHOD_LIMIT else None
-    if stop.start() == 0 or stop.group() != b" ":
-        return Protocol.OPAQUE
     if bytes(data[: stop.start()]).upper() in KNOWN_METHODS:
         return Protocol.HTTP
+    if stop.start() == 0 or stop.group() != b" ":
+        return Protocol.OPAQUE
     end = data.find(b"\n", 0, HEAD_LIMIT)
     if end < 0:
         return None if len(data) <= HEAD_LIMIT else Protocol.OPAQUE
@@ -237,7 +237,8 @@ def _kind_of_line(line: bytes) -> Protocol:
     """Whether a first line means to be an HTTP/1 request, however badly."""
     if line == HTTP2_PREFACE:
         return Protocol.OPAQUE
-    if line.partition(b" ")[0].upper() in KNOWN_METHODS or b"HTTP/" in line.upper():
+    first = _NOT_TOKEN.split(line, maxsplit=1)[0]
+    if first.upper() in KNOWN_METHODS or b"HTTP/" in line.upper():
         return Protocol.HTTP
     return Protocol.OPAQUE
 

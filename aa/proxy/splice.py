@@ -49,7 +49,7 @@ def _give_back(pipe: _Pipe) -> None:
 
 
 class Way:
-    """One direction. `on_end` is called once: at the source's end, at `limit` bytes, or at an error.
+    """One direction. `on_end` is called once: at the source's end, at `limit`, or at an error.
 
     At the source's end the sink is told so (`half_close`) after its last byte.
     """
