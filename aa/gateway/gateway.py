@@ -328,7 +328,9 @@ class Gateway:
     def confirm(self, run_id: str, component: str, ok: bool, reason: str) -> None:
         barrier = self._barriers.get(run_id)
         if barrier is None:
-            raise RunUnknown(f"run {run_id} is not starting")
+            if self.registry.get(run_id) is None:
+                raise RunUnknown(f"no run {run_id}")
+            return  # too late: the run waits no more
         if ok:
             barrier.confirmed.add(component)
         else:

@@ -178,7 +178,7 @@ class AsyncClient:
 
     def _submit(self, data: bytes) -> asyncio.Queue[dict[str, Json] | Exception]:
         if self._broken is not None:
-            raise ConnectionResetError(f"the connection ended: {self._broken}")
+            raise self._broken
         queue: asyncio.Queue[dict[str, Json] | Exception] = asyncio.Queue()
         self._waiting.append(queue)
         self._writer.write(data)
@@ -196,8 +196,10 @@ class AsyncClient:
                     self._waiting.popleft()
         except asyncio.CancelledError:
             raise
-        except (OSError, EOFError, ProtocolError, asyncio.LimitOverrunError) as e:
-            self._fail(ConnectionResetError(f"the service closed the connection: {e}"))
+        except EOFError:
+            self._fail(ConnectionResetError("the service closed the connection"))
+        except (OSError, ProtocolError, asyncio.LimitOverrunError) as e:
+            self._fail(ConnectionResetError(f"the connection ended: {e}"))
 
     def _fail(self, error: Exception) -> None:
         if self._broken is not None:
