@@ -124,6 +124,7 @@ class Loader:
         self._maps: dict[str, int] = {}
         self._lock = -1
         self._config = Config()
+        self._ends: frozenset[bytes] = frozenset()
         self._cpus = 0
 
     # -- life
@@ -164,7 +165,8 @@ class Loader:
         generation = held.generation % 0xFFFFFFFF + 1
         for name in (OBSERVE, GUARD):
             self._load_object(name, generation)
-        self._set_ends(ends)
+        self._ends = frozenset(end.pack() for end in ends)
+        self._set_ends()
         # The old tracing programs speak until the new ones are in place.
         self._config = replace(held, pidns=os.stat("/proc/self/ns/pid").st_ino)
         self._aim()
@@ -180,7 +182,7 @@ class Loader:
         Returns what it did, in words; an empty list is the usual answer. A program that
         cannot be attached shows in `problems`.
         """
-        return self._aim()
+        return self._set_ends() + self._aim()
 
     # -- what is the case
 
@@ -196,6 +198,8 @@ class Loader:
             problem = self._problem(program, wanted)
             if problem:
                 found.append(f"{program.name}: {problem}")
+        if place is Place.PROXY and "aa_ends" in self._maps and self.ends != self._ends:
+            found.append("the table of the proxy's ends is not ours")
         if place is Place.TRACEPOINT and self.config.slice != (self.slices.id(Place.AGENTS) or 0):
             found.append("the configuration names another slice")
         return found
@@ -321,15 +325,15 @@ class Loader:
                     if fd is not None:
                         self._maps[shared] = fd
 
-    def _set_ends(self, ends: Iterable[End]) -> None:
+    def _set_ends(self) -> list[str]:
         if "aa_ends" not in self._maps:
-            return
-        fd = self._maps["aa_ends"]
-        more, stale = tables.ends_to_change(self.ends, ends)
-        for key in more:
+            return []
+        fd, held = self._maps["aa_ends"], self.ends
+        for key in self._ends - held:
             libbpf.map_update(fd, key, b"\1")
-        for key in stale:
+        for key in held - self._ends:
             libbpf.map_delete(fd, key)
+        return [] if held == self._ends else ["the table of the proxy's ends put right"]
 
     def _configure(self, **changes: int) -> None:
         config = replace(self._config, **changes)

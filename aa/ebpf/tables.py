@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aa.paths import DNS_PORT, EXPLICIT_PORT, FRONT_PORT
@@ -123,11 +122,3 @@ def tally_total(raw: bytes) -> int:
 def index(number: int) -> bytes:
     """A key of an array map."""
     return struct.pack("=I", number)
-
-
-def ends_to_change(
-    held: Iterable[bytes], wanted: Iterable[End]
-) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """What to add and what to remove so that the table holds `wanted` alone, in this order."""
-    held_keys, wanted_keys = set(held), {end.pack() for end in wanted}
-    return tuple(sorted(wanted_keys - held_keys)), tuple(sorted(held_keys - wanted_keys))
