@@ -62,14 +62,15 @@ class Ledger:
         return found
 
     def _missing(self, kind: int, column: str, kernel: int) -> int:
-        samples = self._open.setdefault((kind, column), [])
-        samples.append(kernel - getattr(self._of(self._read, kind), column))
-        del samples[:-SAMPLES]
-        missing = min(samples)
-        certain = column == "lost" or len(samples) == SAMPLES
-        if missing <= 0 or not certain:
+        missing = kernel - getattr(self._of(self._read, kind), column)
+        if column != "lost":  # what the ring refused cannot be under way
+            samples = self._open.setdefault((kind, column), [])
+            samples.append(missing)
+            del samples[:-SAMPLES]
+            missing = min(samples) if len(samples) == SAMPLES else 0
+        if missing <= 0:
             return 0
-        samples.clear()
+        self._open.pop((kind, column), None)
         more = Count(**{column: missing})
         for book in (self._read, self.reported):
             book[kind] = self._of(book, kind).plus(more)

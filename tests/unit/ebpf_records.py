@@ -1,0 +1,52 @@
+"""Records as the BPF programs make them, built by hand for tests of the decoder."""
+
+from __future__ import annotations
+
+import socket
+
+from aa.ebpf import events
+
+
+def head(kind: int, size: int, *, flags: int = 0, cgroup: int = 77, comm: bytes = b"tool") -> bytes:
+    return events.HEAD.pack(
+        size, events.LAYOUT, kind, flags, 5_000_000_000, cgroup, 100, 99, 1000, 0, comm
+    )
+
+
+def exec_record(
+    *,
+    filename: bytes = b"/bin/echo\0",
+    exe: bytes = b"echo\0bin\0usr\0",
+    cwd: bytes = b"",
+    argv: bytes = b"echo\0hi\0",
+    argc: int = 2,
+    flags: int = 0,
+    cgroup: int = 77,
+) -> bytes:
+    data = filename + exe + cwd + argv
+    fixed = events.EXEC_FIXED.pack(4711, 254 << 20 | 3, argc, len(filename), len(exe), len(cwd), len(argv))
+    return head(events.EXEC, events.EXEC_SIZE + len(data), flags=flags, cgroup=cgroup) + fixed + data
+
+
+def exit_record(status: int = 0, *, cgroup: int = 77) -> bytes:
+    rest = events.EXIT_REST.pack(1_500_000_000, status, 0)
+    return head(events.EXIT, events.EXIT_SIZE, cgroup=cgroup) + rest
+
+
+def key(
+    *,
+    cgroup: int = 77,
+    address: bytes = socket.inet_aton("192.0.2.1"),
+    port: int = 443,
+    protocol: int = 6,
+    family: int = socket.AF_INET,
+    type: int = 1,
+    reason: int = 0,
+    via: int = 0,
+) -> bytes:
+    return events.KEY.pack(cgroup, address, port, protocol, family, type, reason, via)
+
+
+def net_record(raw_key: bytes, *, total: int = 0, refused: bool = False, flags: int = 0) -> bytes:
+    kind = events.REFUSED if refused else events.CONNECT
+    return head(kind, events.NET_SIZE, flags=flags) + raw_key + events.TOTAL.pack(total)

@@ -1,0 +1,101 @@
+"""The two sides of probes/events.h agree: a C compiler's sizes and offsets against the decoder's."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from aa.ebpf import canary, events, loader, tables
+
+PROBES = Path(__file__).parents[2] / "probes"
+
+PROGRAM = r"""
+#include <stdio.h>
+#include <stddef.h>
+#include <linux/types.h>
+#include "events.h"
+#define SIZE(t) printf("sizeof " #t " %zu\n", sizeof(struct t))
+#define AT(t, f) printf(#t "." #f " %zu\n", offsetof(struct t, f))
+int main(void)
+{
+	SIZE(aa_head); SIZE(aa_exit); SIZE(aa_tally_key); SIZE(aa_tally); SIZE(aa_net);
+	SIZE(aa_end); SIZE(aa_config); SIZE(aa_count);
+	AT(aa_exec, data); AT(aa_exec, filename_len); AT(aa_head, comm); AT(aa_net, key);
+	AT(aa_net, total); AT(aa_tally_key, port); AT(aa_tally_key, reason); AT(aa_exit, status);
+	return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def c(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    directory = tmp_path_factory.mktemp("layout")
+    (directory / "m.c").write_text(PROGRAM)
+    subprocess.run(
+        ["gcc", f"-I{PROBES}", "-o", directory / "m", directory / "m.c"], check=True, timeout=60
+    )
+    text = subprocess.run([directory / "m"], check=True, capture_output=True, text=True, timeout=10)
+    return {k: int(v) for k, v in (line.rsplit(" ", 1) for line in text.stdout.splitlines())}
+
+
+def test_sizes_and_offsets(c: dict[str, int]) -> None:
+    assert c == {
+        "sizeof aa_head": events.HEAD.size,
+        "sizeof aa_exit": events.EXIT_SIZE,
+        "sizeof aa_tally_key": events.KEY.size,
+        "sizeof aa_tally": tables.TALLY.size,
+        "sizeof aa_net": events.NET_SIZE,
+        "sizeof aa_end": tables.END_SIZE,
+        "sizeof aa_config": tables.CONFIG_SIZE,
+        "sizeof aa_count": tables.COUNT_SIZE,
+        "aa_exec.data": events.EXEC_SIZE,
+        "aa_exec.filename_len": events.HEAD.size + struct.calcsize("=QII"),
+        "aa_head.comm": events.HEAD.size - events.COMM_MAX,
+        "aa_net.key": events.HEAD.size,
+        "aa_net.total": events.HEAD.size + events.KEY.size,
+        "aa_tally_key.port": struct.calcsize("=Q16s"),
+        "aa_tally_key.reason": struct.calcsize("=Q16sHHBB"),
+        "aa_exit.status": events.HEAD.size + 8,
+    }
+    assert loader.TALLY_KEY_SIZE == events.KEY.size
+
+
+def test_constants() -> None:
+    text = (PROBES / "events.h").read_text()
+
+    def number(name: str) -> int:
+        found = re.search(rf"\b{name}\s*=?\s*\(?(\d+)(?: << (\d+))?", text)
+        assert found, name
+        return int(found[1]) << int(found[2] or 0)
+
+    assert number("AA_LAYOUT") == events.LAYOUT
+    for name in ("COMM_MAX", "ARGV_MAX", "FILENAME_MAX", "PATH_MAX"):
+        assert number(f"AA_{name}") == getattr(events, name)
+    for name in ("EXEC", "EXIT", "CONNECT", "REFUSED", "VIA_CONNECT", "VIA_DATAGRAM",
+                 "VIA_FOREIGN", "REFUSED_END", "REFUSED_FRAGMENT", "REFUSED_HEADER",
+                 "REFUSED_INTERFACE", "REFUSED_SOCKET", "ARGV_CUT", "ARGV_UNREAD",
+                 "FILENAME_CUT", "EXE_CUT", "CWD_CUT", "OUTSIDE"):
+        assert number(f"AA_{name}") == getattr(events, name), name
+    assert number("AA_KINDS") == tables.KINDS
+    assert number("AA_MAX_ENDS") == tables.MAX_ENDS
+    assert number("AA_MAX_TALLIES") == tables.MAX_TALLIES
+
+
+def test_every_program_of_the_sources_is_known_to_the_loader() -> None:
+    sources = {p.stem.removesuffix(".bpf") + ".bpf.o": p for p in PROBES.glob("*.bpf.c")}
+    found = {
+        (name, program)
+        for name, source in sources.items()
+        for program in re.findall(
+            r'SEC\("(?!license|\.maps)[^"]+"\)\s*\nint (?:BPF_PROG\()?(\w+)', source.read_text()
+        )
+    }
+    assert found == {(p.object, p.name) for p in loader.PROGRAMS}
+
+
+def test_the_canarys_closed_port_is_no_end_of_the_proxy() -> None:
+    assert canary.CLOSED_PORT not in {end.port for end in tables.proxy_ends()}
