@@ -113,6 +113,13 @@ def test_modules_are_compiled_when_the_package_is_installed(box: Container) -> N
     assert box.run("ls /usr/lib/python3/dist-packages/aa/__pycache__/model.*.pyc").ok
 
 
+@pytest.mark.parametrize("service", ["aa-gateway", "aa-proxy"])
+def test_sandbox_of_what_parses_strangers_bytes_is_tight(box: Container, service: str) -> None:
+    limit = "--threshold=20"  # tenths: exposure below 2.0
+    scored = box.run(["systemd-analyze", "security", "--no-pager", limit, f"{service}.service"])
+    assert scored.ok, scored.out
+
+
 def test_gateway_starts_when_somebody_calls(box: Container) -> None:
     box.systemctl("stop", "aa-gateway.service")
     call = (
