@@ -62,7 +62,7 @@ class Ledger:
         return found
 
     def _missing(self, kind: int, column: str, kernel: int) -> int:
-        missing = kernel - getattr(self._of(self._read, kind), column)
+        missing: int = kernel - getattr(self._of(self._read, kind), column)
         if column != "lost":  # what the ring refused cannot be under way
             samples = self._open.setdefault((kind, column), [])
             samples.append(missing)
