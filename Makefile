@@ -35,7 +35,7 @@ test-lab: deb
 # What takes longer: whole guests with Debian's own kernels.
 lab-full: deb
 	@packaging/install-packages packaging/packages-full.txt
-	$(PYTEST) tests/full
+	$(PYTEST) tests/lab/qemu
 
 demo: deb
 	$(PYTHON) -m tests.lab.demo
