@@ -7,16 +7,18 @@ error that names file, line and key, and then nothing of the configuration is us
 from __future__ import annotations
 
 import ipaddress
+import os
 import posixpath
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aa import paths
 from aa.model import AGENT_LAYERS, Layer
-from aa.tomlfile import Document, InvalidFile, Problem, load as load_toml, schema
+from aa.tomlfile import Document, InvalidFile, Problem, schema, validate
+from aa.tomlfile import load as load_toml
 
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 AGENT_FILES_LIMIT = 1000
@@ -161,10 +163,28 @@ def load(
             problems += e.problems
     if problems:
         raise InvalidFile(problems)
-    return Config(
-        **{f.name: getattr(config, f.name) for f in fields(config) if f.name != "agents"},
-        agents=agents,
-    )
+    return overridden(replace(config, agents=agents), os.environ)
+
+
+def overridden(config: Config, environment: Mapping[str, str]) -> Config:
+    """The configuration with what a unit's runtime drop-in sets (`aasm proxy start` writes these).
+
+    `AA_LISTEN` is the explicit proxy's ADDRESS:PORT, `AA_GATEWAY` the enforce socket. Raises
+    InvalidFile for a value that the file could not have either.
+    """
+    listen = environment.get("AA_LISTEN")
+    if listen:
+        address, _, port = listen.rpartition(":")
+        data = {"explicit_address": address, "explicit_port": int(port) if port.isdecimal() else 0}
+        document = Document("the unit's environment, AA_LISTEN", {"listen": data}, "", {})
+        problems = [*validate(document, schema("config")), *_config_problems(document)]
+        if problems:
+            raise InvalidFile(problems)
+        config = replace(config, listen=replace(config.listen, **data))
+    if environment.get("AA_GATEWAY"):
+        gateway = replace(config.gateway, socket=Path(environment["AA_GATEWAY"]))
+        config = replace(config, gateway=gateway)
+    return config
 
 
 def folder_problem(text: str) -> tuple[str, str] | None:

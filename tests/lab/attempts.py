@@ -61,8 +61,11 @@ def echo_request(kind: int, protocol: int, address: str) -> str:
 
 
 def fast_open() -> str:
+    """Data in the SYN: `sendto` connects. Python's own timeouts would make the socket non-blocking."""
+    patience = struct.pack("ll", int(PATIENCE), int(PATIENCE % 1 * 1e6))
     with socket.socket() as s:
-        s.settimeout(PATIENCE)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         s.sendto(b"hello\n", MSG_FASTOPEN, (ORIGIN, ECHO))
         return heard(s.recv(100))
 
@@ -110,7 +113,7 @@ def http_host(address: str, host: str) -> str:
 
 def hostile_proxy() -> str:
     """Proxy variables that point somewhere else must not lead anywhere."""
-    proxy = urllib.request.ProxyHandler({"http": f"http://{ORIGIN}:8443", "https": f"http://{DENIED}:80"})
+    proxy = urllib.request.ProxyHandler({"http": f"http://{DENIED}:80"})
     opener = urllib.request.build_opener(proxy)
     with opener.open("http://denied.test/", timeout=PATIENCE) as answer:
         return heard(answer.read(100))
