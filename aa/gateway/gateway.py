@@ -38,6 +38,7 @@ from aa.tomlfile import Problem
 
 DENIALS_KEPT = 50
 """Recent denials of a run that `aasm why` can show."""
+SAME_DENIAL = ("layer", "kind", "target", "rule", "reason")
 DENIALS_READ = 20_000
 """Records read back at start to fill them again."""
 REGISTERED_SECONDS = 60.0
@@ -285,23 +286,30 @@ class Gateway:
         return list(self._denials.get(run_id, ()))
 
     def _remember_denial(self, record: Record) -> None:
+        """Keeps a denial for `aasm why`; equal ones are one entry with a count, newest last."""
         run_id = record["run"]
-        if self.registry.get_live(run_id) is not None:
-            self._denials.setdefault(run_id, deque(maxlen=DENIALS_KEPT)).append(record)
+        if self.registry.get_live(run_id) is None:
+            return
+        kept = self._denials.setdefault(run_id, deque(maxlen=DENIALS_KEPT))
+        for same in kept:
+            if all(same[key] == record[key] for key in SAME_DENIAL):
+                kept.remove(same)
+                record = {**record, "count": record["count"] + same["count"]}
+                break
+        kept.append(record)
 
     def _recall_denials(self) -> None:
         """After a restart `aasm why` still answers for runs that live on."""
         if not len(self.registry):
             return
-        newest_first: dict[str, list[Record]] = {}
+        found: list[Record] = []
         for n, record in enumerate(read_backwards(Path(self.config.audit.file))):
             if n >= DENIALS_READ:
                 break
-            if record.get("decision") == "deny" and self.registry.get_live(str(record.get("run"))):
-                newest_first.setdefault(record["run"], []).append(record)
-        for run_id, records in newest_first.items():
-            kept = list(reversed(records[:DENIALS_KEPT]))
-            self._denials[run_id] = deque(kept, maxlen=DENIALS_KEPT)
+            if record.get("decision") == Effect.DENY.value:
+                found.append(record)
+        for record in reversed(found):
+            self._remember_denial(record)
 
     # -- the life of a run
 
