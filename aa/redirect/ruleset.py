@@ -72,9 +72,11 @@ COMMIT
 :AA-REDIRECT - [0:0]
 $explicit_nat
 -A AA-REDIRECT -p udp -m udp --dport 53 -m comment --comment "DNS to the forwarder" -j REDIRECT --to-ports $dns
--A AA-REDIRECT -p tcp -m tcp --dport 53 -m comment --comment "DNS to the forwarder" -j REDIRECT --to-ports $dns
+# A connection is led on by its first packet. One that conntrack picks up in the middle is older
+# than the rules: it goes on to the filter, which cuts it and says so.
+-A AA-REDIRECT -p tcp -m tcp --dport 53 --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment "DNS to the forwarder" -j REDIRECT --to-ports $dns
 # Loopback too: listeners of others need a decision like any host.
--A AA-REDIRECT -p tcp -m comment --comment "TCP to the front" -j REDIRECT --to-ports $front
+-A AA-REDIRECT -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment "TCP to the front" -j REDIRECT --to-ports $front
 COMMIT
 """
 )

@@ -90,15 +90,14 @@ class Lab:
             umount -R /sys/fs/cgroup
             mount -t cgroup2 none /sys/fs/cgroup
             mount -t tmpfs none /run
-            mkdir -p /run/agent-assembly /run/state /run/etc
-            mkdir -p /run/empty && mount --bind /run/empty /usr/local
-            if [ -d /etc/agent-assembly ]; then mount --bind /run/etc /etc/agent-assembly; fi
-            cp -a /etc/alternatives /run/alternatives
+            mkdir -p /run/agent-assembly /run/state
+            mkdir /run/upper /run/work
+            mount -t overlay none -o lowerdir=/etc,upperdir=/run/upper,workdir=/run/work /etc
+            rm -rf /etc/agent-assembly && mkdir /etc/agent-assembly
             for tool in iptables iptables-save iptables-restore \
                 ip6tables ip6tables-save ip6tables-restore; do
-                ln -sf /usr/sbin/${{tool/tables/tables-{self.backend}}} /run/alternatives/$tool
+                ln -sf /usr/sbin/${{tool/tables/tables-{self.backend}}} /etc/alternatives/$tool
             done
-            mount --bind /run/alternatives /etc/alternatives
             ip link set lo up
             ip link add ve-c type veth peer name ve-s
             echo ready
@@ -116,7 +115,8 @@ class Lab:
         self._holder.stdin.close()
         assert self._holder.stdout.readline() == "ready\n"
         call(["ip", "netns", "add", self._peer])
-        self.run("ip", "link", "set", "ve-s", "netns", str(self._peer_pid()))
+        net = f"--net=/proc/{self._holder.pid}/ns/net"  # alone: /run/netns is not inside
+        call(["nsenter", net, "--", "ip", "link", "set", "ve-s", "netns", self._peer])
         for prefix, device, v4, v6 in (
             (self._inside(), "ve-c", CLIENT4, CLIENT6),
             (self._outside(), "ve-s", PEER4, PEER6),
@@ -127,10 +127,6 @@ class Lab:
             call([*prefix, "ip", "addr", "add", f"{v6}/64", "dev", device, "nodad"])
         self.run("ip", "route", "add", "default", "via", PEER4)
         self.run("ip", "-6", "route", "add", "default", "via", PEER6)
-
-    def _peer_pid(self) -> int:
-        """A process in the peer's namespace, for `ip link set netns`."""
-        return self.start_peer("sleep", "infinity").pid
 
     def _inside(self) -> list[str]:
         assert self._holder is not None
@@ -177,10 +173,14 @@ class Lab:
         return [*join, *self._inside(), *user, *argv]
 
     def _start(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        options = {"stdout": subprocess.PIPE, "text": True, **options}
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
         process = subprocess.Popen(argv, **options)
         self._processes.append(process)
         return process
+
+    def config(self) -> Path:
+        """The lab's own configuration, which is not there at first."""
+        return self.path(paths.CONFIG_FILE)
 
     def daemon(self, *, log: Path, **environment: str) -> subprocess.Popen[str]:
         """aa-redirect in the lab, as its unit would start it."""
@@ -305,6 +305,7 @@ class Gateway:
         self._watchers: list[Any] = []
         self._path = path
         self._loop = asyncio.new_event_loop()
+        self._talking: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> Gateway:
@@ -314,9 +315,14 @@ class Gateway:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stop)
         self._thread.join(5)
         self._path.unlink(missing_ok=True)
+
+    def _stop(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.call_later(0.05, self._talking.cancel)
 
     def set_run(self, run: Mapping[str, Any]) -> None:
         """Adds or changes a run and tells who watches."""
@@ -339,7 +345,9 @@ class Gateway:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(asyncio.start_unix_server(self._talk, self._path))
         self._up.set()
-        self._loop.run_forever()
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._talking)
+        self._loop.close()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
