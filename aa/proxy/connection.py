@@ -248,6 +248,10 @@ class Connection:
         self._enter()
         sniffer = Sniffer()
         head = await self._sniff(sniffer, patient=True)
+        if isinstance(head, Head) and head.host is not None:
+            self._destination = _of_host(
+                replace(self._destination, port=head.port or 80), head.host
+            )
         self._must_be_known()
         if isinstance(head, Malformed):
             raise Refused(deny(head.reason, rule="<malformed-http>"), status=400)
@@ -264,17 +268,13 @@ class Connection:
 
     async def _forward(self, head: Head, sniffer: Sniffer) -> None:
         """An absolute-form request to the explicit port."""
-        assert head.host is not None
-        destination = Destination(head.port or 80, more=(("via", "proxy"),))
-        destination = _of_host(destination, head.host)
+        destination = self._destination
         addresses = await self._provisional(destination)
         await self._go_on(head, sniffer, destination, addresses, resolved=True)
 
     async def _connect(self, head: Head, sniffer: Sniffer) -> None:
         """CONNECT: what can be refused before the tunnel stands is refused in HTTP."""
-        assert head.host is not None and head.port is not None
-        destination = Destination(head.port, more=(("via", "connect"),))
-        destination = _of_host(destination, head.host)
+        destination = replace(self._destination, protocol=None, more=(("via", "connect"),))
         addresses = await self._provisional(destination)
         await self._decide(destination, addresses, provisional=True)
         await self._loop.sock_sendall(self._sock, CONNECTED)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import os
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -226,12 +227,17 @@ def _failure(
             status=504,
         )
     first = next(iter(errors.values()), None)
-    told = "; ".join(f"{a}: {e.strerror}" for a, e in list(errors.items())[:4])
+    told = "; ".join(f"{a}: {_plainly(e)}" for a, e in list(errors.items())[:4])
     known = _ERRORS.get(first.errno or 0) if first is not None else None
     return UpstreamFailed(
         f"port {port} could not be reached ({told or 'no address'})",
         error=known or "destination_unavailable",
     )
+
+
+def _plainly(error: OSError) -> str:
+    """asyncio puts the address into the text; the number says it better."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _list(addresses: Sequence[Address]) -> str:
