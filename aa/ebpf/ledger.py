@@ -7,7 +7,7 @@ was killed with events in its hands, becomes a gap with a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aa.ebpf.tables import Count
@@ -35,17 +35,27 @@ class Ledger:
     """What was read and what was reported so far, by kind, in the columns the kernel counts in."""
 
     def __init__(self, reported: Mapping[int, Count] | None = None) -> None:
-        self.reported: dict[int, Count] = dict(reported or {})
-        """Handed to the reporter: this is what the next service starts from."""
-        self._read: dict[int, Count] = dict(self.reported)
+        self._read: dict[int, Count] = dict(reported or {})
+        self._reported: dict[int, Count] = dict(self._read)
+        self.settled: dict[int, Count] = dict(self._read)
+        """What a next service has to start from when this one is killed now."""
         self._open: dict[tuple[int, str], list[int]] = {}
 
     def read(self, kind: int, *, events: int = 0, tallied: int = 0) -> None:
-        self._read[kind] = self._of(self._read, kind).plus(Count(events=events, tallied=tallied))
+        self._add((self._read,), kind, Count(events=events, tallied=tallied))
 
     def report(self, kind: int, *, events: int = 0, tallied: int = 0) -> None:
-        before = self._of(self.reported, kind)
-        self.reported[kind] = before.plus(Count(events=events, tallied=tallied))
+        """These were handed to the reporter; they are settled when the gateway has them."""
+        self._add((self._reported,), kind, Count(events=events, tallied=tallied))
+
+    def dismiss(self, kind: int, *, events: int = 0, tallied: int = 0) -> None:
+        """These need no record."""
+        more = Count(events=events, tallied=tallied)
+        self._add((self._reported, self.settled), kind, more)
+
+    def settle(self) -> None:
+        """The gateway has answered for everything that was reported."""
+        self.settled = dict(self._reported)
 
     def gaps(self, counted: Mapping[int, Count], *, idle: bool) -> list[Gap]:
         """What is missing for good; each is returned once.
@@ -71,10 +81,12 @@ class Ledger:
         if missing <= 0:
             return 0
         self._open.pop((kind, column), None)
-        more = Count(**{column: missing})
-        for book in (self._read, self.reported):
-            book[kind] = self._of(book, kind).plus(more)
+        self._add((self._read, self._reported), kind, Count(**{column: missing}))
         return missing
+
+    def _add(self, books: Iterable[dict[int, Count]], kind: int, more: Count) -> None:
+        for book in books:
+            book[kind] = self._of(book, kind).plus(more)
 
     @staticmethod
     def _of(book: Mapping[int, Count], kind: int) -> Count:

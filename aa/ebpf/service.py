@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,6 +89,8 @@ class KernelLayer:
         self._proved = asyncio.Event()
         self._prove_now = asyncio.Event()
         self._merger: Merger[Event] = Merger()
+        self._waiting = asyncio.Event()
+        """Set while an event waits to be merged or named."""
         self._hold: Hold[tuple[Event, int]] = Hold()
         self._recent = RecentRuns()
         self._programs: OrderedDict[int, str] = OrderedDict()
@@ -169,15 +171,13 @@ class KernelLayer:
             self.reporter.lost(malformed)
 
     def _accept(self, event: Event, now: float) -> None:
-        kind, count = events.kind_of(event), 1
+        count = 1
         if isinstance(event, Net) and event.total:
             count = self._told.more(event.raw_key, event.total)
-            self._ledger.read(kind, tallied=count)
-        else:
-            self._ledger.read(kind, events=1)
+        self._account(self._ledger.read, event, count)
         self._remember(event)
         if self.canary.saw(event.head.cgroup, event):
-            self._reported(event, count)
+            self._account(self._ledger.dismiss, event, count)
         elif count:
             self._name(event, count, now)
 
@@ -193,6 +193,7 @@ class KernelLayer:
 
     def _name(self, event: Event, count: int, now: float) -> None:
         """Merges an event whose run is known; the others wait for the run table."""
+        self._waiting.set()
         if event.head.cgroup == 0 or self._known(event.head.cgroup):
             self._merge(event, count, now)
             return
@@ -223,16 +224,15 @@ class KernelLayer:
                 boot=self._boot,
             )
         )
-        self._reported(event, merged.count)
+        self._account(self._ledger.report, event, merged.count)
         if isinstance(event, Exit):
             self._programs.pop(event.head.pid, None)
 
-    def _reported(self, event: Event, count: int) -> None:
-        kind = events.kind_of(event)
-        if isinstance(event, Net) and event.total:
-            self._ledger.report(kind, tallied=count)
-        else:
-            self._ledger.report(kind, events=count)
+    @staticmethod
+    def _account(book: Callable[..., None], event: Event, count: int) -> None:
+        """Enters an event in one of the ledger's books, in the column that the kernel counts it in."""
+        column = "tallied" if isinstance(event, Net) and event.total else "events"
+        book(events.kind_of(event), **{column: count})
 
     def _flush(self, now: float) -> None:
         for event, count in self._hold.ready(self._known, now):
@@ -242,9 +242,11 @@ class KernelLayer:
 
     async def _flush_often(self) -> None:
         while True:
+            await self._waiting.wait()
             await asyncio.sleep(FLUSH_SECONDS)
-            if len(self._merger) or len(self._hold):
-                self._flush(time.monotonic())
+            self._flush(time.monotonic())
+            if not len(self._merger) and not len(self._hold):
+                self._waiting.clear()
 
     # -- accounts
 
@@ -259,9 +261,9 @@ class KernelLayer:
             key = events.tally_key(raw)
             head = Head(0, at, key.cgroup, 0, 0, 0, "")
             event = Net(head, key, raw, total=count, refused=bool(key.reason))
-            self._ledger.read(events.kind_of(event), tallied=count)
+            self._account(self._ledger.read, event, count)
             if self.canary.saw(key.cgroup, None):
-                self._reported(event, count)
+                self._account(self._ledger.dismiss, event, count)
             else:
                 self._name(event, count, now)
 
@@ -294,7 +296,8 @@ class KernelLayer:
     def _save(self) -> None:
         """What the gateway has answered for need not be a gap when we are killed."""
         if not self.reporter.spooled:
-            self._told.save(self._ledger.reported)
+            self._ledger.settle()
+        self._told.save(self._ledger.settled)
 
     # -- slices and rung
 
