@@ -16,7 +16,8 @@ from tests.lab.demo.run import AGENT, Outcome, attempt_all, configure, start
 from tests.lab.harness import Container, LabError
 from tests.lab.harness.__main__ import newest_debs
 
-WIDTH = 160  # columns where the output is no terminal
+WIDTH = 190  # columns where the output is no terminal
+AGENT_SAW = 36  # columns
 DAEMON_LOGS = [f"--unit={daemon}" for daemon in measures.DAEMONS]
 COLOURS = {"allow": "green", "deny": "red"}
 
@@ -40,32 +41,36 @@ def attempts_table(outcomes: list[Outcome]) -> Table:
         title="What the governed agent tried, and what became of it", title_justify="left"
     )
     for column in ("attempt", "decision", "rule"):
-        table.add_column(column)
-    table.add_column("time", justify="right")
-    for column in ("the agent saw", "origin", "journal"):
-        table.add_column(column, overflow="fold")
-    table.add_column("")
+        table.add_column(column, no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("the agent saw", max_width=AGENT_SAW, no_wrap=True)
+    table.add_column("origin", no_wrap=True)
+    table.add_column("journal (AA_SEQ: message)", overflow="fold", ratio=1)
+    table.add_column("", no_wrap=True)
     for outcome in outcomes:
         record = outcome.record or {}
         decision = record.get("AA_DECISION", "deny" if not outcome.succeeded else "none")
-        origin = "reached" if outcome.reached_origin else "saw nothing"
+        seen = "reached" if outcome.reached_origin else "saw nothing"
         table.add_row(
             outcome.attempt.title,
             Text(decision, style=COLOURS.get(decision, "")),
-            Text(record.get("AA_RULE", "sandbox" if not outcome.attempt.target else "")),
+            Text(record.get("AA_RULE", "" if outcome.attempt.target else "sandbox")),
             f"{1000 * outcome.seconds:.0f} ms",
-            Text(outcome.said[:60]),
-            origin if outcome.attempt.seen else "",
-            Text(
-                f"{record['AA_SEQ']}: {record['MESSAGE']}"
-                if record
-                else "refused before any layer is asked"
-            ),
+            Text(outcome.said),
+            seen if outcome.attempt.seen else "",
+            Text(journal_entry(outcome)),
             Text("ok", style="green")
             if outcome.as_expected
             else Text("UNEXPECTED", style="bold red"),
         )
     return table
+
+
+def journal_entry(outcome: Outcome) -> str:
+    """The record's number and its message without the agent's name, which is the same in all of them."""
+    if outcome.record:
+        return f"{outcome.record['AA_SEQ']}: {outcome.record['MESSAGE'].partition(': ')[2]}"
+    return "NO RECORD" if outcome.attempt.target else "none: the sandbox refuses it in the kernel"
 
 
 def measures_table(found: list[measures.Measure]) -> Table:

@@ -16,7 +16,10 @@ IO_URING_SETUP = 425
 
 FETCH = "fetch(process.argv[1]).then(r => r.text()).then(t => console.log(t), e => { console.log(e.cause ?? e); process.exit(1) })"
 URLOPEN = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=8).status)"
-TCP = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3); print('connected')"
+TCP = (
+    "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 3); "
+    "s.send(b'x'); d = s.recv(9); print(d or 'closed'); raise SystemExit(not d)"
+)
 UDP = (
     "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); "
     "s.connect((sys.argv[1], int(sys.argv[2]))); s.send(b'x'); print(s.recv(9))"
@@ -32,7 +35,7 @@ CONNECT_UNIX = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect
 
 @dataclass(frozen=True)
 class Attempt:
-    """`allowed` is whether it must succeed; `target` is what its record names, empty where no layer is asked.
+    """`allowed` is whether it must succeed; `target` is that of its record, empty where no layer is asked.
 
     `seen` are fields of the event that the origins must have seen if it is allowed, and must not have
     seen if it is not.
@@ -117,7 +120,7 @@ ATTEMPTS = (
         "a denied host by address",
         [*CURL, "--resolve", f"{names.DENIED}:443:10.77.0.20", f"https://{names.DENIED}/"],
         False,
-        names.DENIED,
+        f"{names.DENIED}:443",
         {"kind": "connection"},
     ),
     Attempt(
@@ -136,19 +139,29 @@ ATTEMPTS = (
     ),
     Attempt(
         "the cloud's metadata address",
-        [*CURL, f"http://{names.METADATA_V4}/"],
+        [*CURL, "--fail-with-body", f"http://{names.METADATA_V4}/"],
         False,
-        names.METADATA_V4,
+        f"{names.METADATA_V4}:80",
         {"kind": "packet"},
     ),
     Attempt(
-        "TCP to another port", [*PYTHON, TCP, API_V4, "9999"], False, API_V4, {"kind": "connection"}
+        "TCP to another port",
+        [*PYTHON, TCP, API_V4, "9999"],
+        False,
+        f"{API_V4}:9999",
+        {"kind": "connection"},
     ),
-    Attempt("UDP", [*PYTHON, UDP, API_V4, "9999"], False, f"{API_V4}:9999", {"kind": "packet"}),
+    Attempt("UDP", [*PYTHON, UDP, API_V4, "9999"], False, f"{API_V4}:9999/udp", {"kind": "packet"}),
     Attempt(
-        "QUIC's port", [*PYTHON, UDP, API_V4, "443"], False, f"{API_V4}:443", {"kind": "packet"}
+        "QUIC's port", [*PYTHON, UDP, API_V4, "443"], False, f"{API_V4}:443/udp", {"kind": "packet"}
     ),
-    Attempt("a ping socket", [*PYTHON, SOCKET, "2", "2", "1"], False, "", {"kind": "packet"}),
+    Attempt(
+        "a ping socket",
+        [*PYTHON, SOCKET, "2", "2", "1"],
+        False,
+        "socket:inet/dgram/icmp",
+        {"kind": "packet"},
+    ),
     Attempt("a raw socket", [*PYTHON, SOCKET, "2", "3", "1"], False, "", {"kind": "packet"}),
     Attempt("a packet socket", [*PYTHON, SOCKET, "17", "3"], False, "", {"kind": "packet"}),
     Attempt("a vsock socket", [*PYTHON, SOCKET, "40", "1"], False, ""),

@@ -17,7 +17,8 @@ WORK = "/home/dev/work"
 
 RUN_TIMEOUT = 300.0  # seconds for the whole agent
 RECORDS_TIMEOUT = 10.0  # seconds until the reporters have handed over what they hold
-LATE = 0.15  # seconds by which the record of an attempt may come after it, and its clock may differ
+QUIET = 1.0  # seconds without a new record that mean that there are no more
+LATE = 0.04  # seconds by which the time of a record may lie outside its attempt
 DECIDING = ("decision", "refusal")
 
 Record = dict[str, Any]
@@ -73,17 +74,25 @@ def attempt_all(box: Container) -> list[Outcome]:
         timeout=RUN_TIMEOUT,
     ).check()
     told = [json.loads(line) for line in done.out.splitlines()]
-    matches = f"AA_AGENT={AGENT}"
-    eventually(
-        lambda: any(
-            r.get("AA_KIND") == "run" and "ended" in r["MESSAGE"]
-            for r in box.journal(matches, after=cursor)
-        ),
-        timeout=RECORDS_TIMEOUT,
-        what="the end of the run is recorded",
-    )
-    records = box.journal(matches, after=cursor)
+    records = _records(box, cursor)
     return [_outcome(ATTEMPTS[t["number"]], t, records, box.origins, mark) for t in told]
+
+
+def _records(box: Container, cursor: str) -> list[Record]:
+    """The agent's records since `cursor`, once its run is over and the reporters have no more."""
+    before = -1
+
+    def settled() -> list[Record]:
+        nonlocal before
+        found = box.journal(f"AA_AGENT={AGENT}", after=cursor)
+        ended = any(r["AA_KIND"] == "run" and "ended" in r["MESSAGE"] for r in found)
+        same, before = len(found) == before, len(found)
+        return found if ended and same else []
+
+    records: list[Record] = eventually(
+        settled, timeout=RECORDS_TIMEOUT, every=QUIET, what="the run and its records end"
+    )
+    return records
 
 
 def _outcome(
@@ -111,7 +120,7 @@ def _record(attempt: Attempt, begun: float, ended: float, records: list[Record])
         r
         for r in records
         if attempt.target
-        and attempt.target in r.get("AA_TARGET", "")
+        and attempt.target == r.get("AA_TARGET")
         and r.get("AA_TYPE") in DECIDING
         and begun - LATE <= _time(r) <= ended + LATE
     ]
