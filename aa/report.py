@@ -96,7 +96,7 @@ class Reporter:
                 self._status_sent = self._status is None
                 await self._send_all(client)
             except (*Unreachable, VarlinkError) as e:
-                log.warning("gateway: %s; %d reports wait", e, len(self._spool))
+                log.warning("gateway: %s; %d reports wait", str(e) or repr(e), len(self._spool))
             finally:
                 self.connected = False
                 await client.close()
@@ -193,7 +193,7 @@ class RunTable:
                 async for message in client.stream(f"{ENFORCE}.WatchRuns"):
                     self._take(message)
             except (*Unreachable, VarlinkError) as e:
-                log.warning("gateway: %s; keeping %d runs", e, len(self._by_id))
+                log.warning("gateway: %s; keeping %d runs", str(e) or repr(e), len(self._by_id))
             finally:
                 self.synchronised = False
                 await client.close()
