@@ -111,7 +111,7 @@ def parse_query(wire: bytes) -> Query:
     if len(message.question) != 1 or message.additional or message.had_tsig:
         raise Rejected(dns.rcode.FORMERR, "records in a query")
     if message.edns > 0:
-        raise Rejected(dns.rcode.BADVERS, "EDNS version")
+        raise Rejected(dns.rcode.FORMERR, "EDNS version")
     question = message.question[0]
     if question.rdclass != dns.rdataclass.IN:
         raise Rejected(dns.rcode.REFUSED, "class")

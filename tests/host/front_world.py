@@ -516,6 +516,21 @@ class World:
                 )
             self.lab.run(*add, "-p", "tcp", "-j", "REDIRECT", "--to-ports", "8898")
 
+    def fresh(self) -> None:
+        """A clean slate for the next test: the proxy is done with the connections of the last."""
+
+        def busy() -> bool:
+            net = Path(f"/proc/{self.proxy_pid}/net")
+            lines = [x.split() for t in ("tcp", "tcp6") for x in (net / t).read_text().split("\n")]
+            ours = [x for x in lines if len(x) > 3 and x[1][-4:] in ("22C2", "22C3")]
+            return any(x[3] in ("01", "08") for x in ours)  # established, closed by the peer
+
+        wait_for(lambda: not busy(), 3)
+        time.sleep(0.02)
+        self.gateway.forget()
+        self.peer.seen.clear()
+        self.peer.queries.clear()
+
     def curl(self, *arguments: str, run: str = RUN) -> subprocess.CompletedProcess[str]:
         options = ["--silent", "--show-error", "--max-time", "8", "--cacert", str(self.ca)]
         return self.lab.governed(

@@ -28,9 +28,7 @@ def shared() -> Iterator[World]:
 
 @pytest.fixture
 def w(shared: World) -> World:
-    shared.gateway.forget()
-    shared.peer.seen.clear()
-    shared.peer.queries.clear()
+    shared.fresh()
     return shared
 
 

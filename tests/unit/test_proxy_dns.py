@@ -1,0 +1,226 @@
+"""The DNS forwarder without a network: what is a query, what an answer looks like, and its limits."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import dns.edns
+import dns.flags
+import dns.message
+import dns.rcode
+import pytest
+from dns.edns import EDECode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aa.model import Action, Decision, Effect, Report
+from aa.proxy import dns as forwarder
+from aa.proxy.ask import Refusals
+from aa.proxy.dns import Forwarder, Rejected, failure, parse_query, to_wire
+from aa.proxy.hostdns import HostNames, Nameservers
+from aa.proxy.identify import Client, Stranger
+
+
+def wire(name: str = "abc.test", kind: str = "A", **more: Any) -> bytes:
+    return bytes(dns.message.make_query(name, kind, **more).to_wire())
+
+
+def test_a_query_has_one_canonical_name() -> None:
+    query = parse_query(wire("AbC.TEST."))
+    assert query.text == "abc.test"
+    assert str(query.name) == "AbC.TEST."
+
+
+def test_takes_names_with_underscores() -> None:
+    assert parse_query(wire("_dmarc.example.org", "TXT")).text == "_dmarc.example.org"
+
+
+def test_takes_reverse_names() -> None:
+    assert parse_query(wire("7.2.0.192.in-addr.arpa", "PTR")).text == "7.2.0.192.in-addr.arpa"
+
+
+@pytest.mark.parametrize(
+    "name", ["127.1", "1.2.3.4", "0x7f.1", "a\\.b.org", "a\\000b.org", "a\\032b.org", "*.org", "."]
+)
+def test_refuses_names_that_cannot_be_decided(name: str) -> None:
+    with pytest.raises(Rejected) as refused:
+        parse_query(wire(name))
+    assert refused.value.rcode == dns.rcode.REFUSED
+
+
+def test_an_answer_gets_no_answer() -> None:
+    answer = dns.message.make_response(dns.message.from_wire(wire()))
+    with pytest.raises(Rejected) as refused:
+        parse_query(answer.to_wire())
+    assert refused.value.rcode is None
+
+
+def test_another_version_of_edns_is_refused() -> None:
+    with pytest.raises(Rejected) as refused:
+        parse_query(wire(use_edns=2))
+    assert refused.value.rcode == dns.rcode.FORMERR
+
+
+def test_a_query_over_the_limit_is_refused() -> None:
+    padded = wire(use_edns=0, options=[dns.edns.GenericOption(12, bytes(5000))], payload=9000)
+    with pytest.raises(Rejected) as refused:
+        parse_query(padded)
+    assert refused.value.rcode == dns.rcode.FORMERR
+
+
+@given(st.binary(max_size=100))
+def test_no_packet_breaks_the_parser(data: bytes) -> None:
+    try:
+        parse_query(data)
+    except Rejected:
+        pass
+
+
+@given(st.integers(0, 28), st.integers(1, 255))
+def test_no_changed_byte_breaks_the_parser(at: int, change: int) -> None:
+    data = bytearray(wire(use_edns=0))
+    data[at] ^= change
+    try:
+        assert parse_query(bytes(data)).text
+    except Rejected:
+        pass
+
+
+def test_a_long_reason_is_cut_so_that_a_refusal_stays_small() -> None:
+    query = dns.message.from_wire(wire(use_edns=0))
+    answer = failure(query, dns.rcode.REFUSED, EDECode.PROHIBITED, "ü" * 5000)
+    assert len(to_wire(answer, query, udp=True)) < 512
+
+
+def test_an_answer_that_does_not_fit_is_cut_and_says_so() -> None:
+    query = dns.message.from_wire(wire())
+    answer = dns.message.make_response(query)
+    answer.answer = [
+        dns.rrset.from_text_list(
+            "abc.test.", 1, "IN", "A", [f"192.0.2.{i}" for i in range(100)]
+        )
+    ]
+    cut = dns.message.from_wire(to_wire(answer, query, udp=True))
+    assert cut.flags & dns.flags.TC and not cut.answer
+    assert len(dns.message.from_wire(to_wire(answer, query, udp=False)).answer[0]) == 100
+
+
+# -- with a gateway
+
+
+class Brain:
+    """Answers every question after `seconds`."""
+
+    def __init__(self, effect: Effect = Effect.ALLOW, seconds: float = 0.0) -> None:
+        self.asked: list[tuple[str, Action]] = []
+        self._effect = effect
+        self._seconds = seconds
+
+    async def decide(self, run: str, action: Action, *, provisional: bool = False) -> Decision:
+        self.asked.append((run, action))
+        await asyncio.sleep(self._seconds)
+        return Decision(self._effect, "the test says so", "test/rule", "rev")
+
+
+CLIENT = Client("run1", 1000)
+
+
+def serve(
+    tmp_path: Path, brain: Brain, act: Callable[[Forwarder], Awaitable[Any]]
+) -> tuple[Any, list[Report]]:
+    """Runs `act` with a forwarder that knows abc.test from a hosts file and has no resolver."""
+    (tmp_path / "hosts").write_text("192.0.2.1 abc.test\n2001:db8::1 abc.test\n")
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    reports: list[Report] = []
+
+    async def main() -> Any:
+        forwarder_ = Forwarder(
+            gateway=brain,  # type: ignore[arg-type]
+            identify=None,  # type: ignore[arg-type]
+            refusals=Refusals(reports.append),
+            names=HostNames(tmp_path / "hosts"),
+            nameservers=Nameservers(tmp_path / "resolv.conf"),
+            upstream_port=1,
+        )
+        result = await act(forwarder_)
+        forwarder_.refusals.flush()
+        return result
+
+    return asyncio.run(main()), reports
+
+
+def rcode(answer: bytes) -> str:
+    return dns.rcode.to_text(dns.message.from_wire(answer).rcode())
+
+
+def test_answers_from_the_hosts_file_and_remembers_the_name(tmp_path: Path) -> None:
+    async def act(f: Forwarder) -> Any:
+        answer = await f.answer(wire(), CLIENT, udp=True)
+        (record,) = dns.message.from_wire(answer).answer
+        return [str(r) for r in record], f.answered.name_of("run1", ip_address("192.0.2.1"))
+
+    result, _ = serve(tmp_path, Brain(), act)
+    assert result == (["192.0.2.1"], "abc.test")
+
+
+def test_a_denied_name_is_not_answered_from_the_hosts_file(tmp_path: Path) -> None:
+    result, reports = serve(
+        tmp_path, Brain(Effect.DENY), lambda f: f.answer(wire(), CLIENT, udp=True)
+    )
+    assert rcode(result) == "REFUSED" and reports == []
+
+
+def test_a_stranger_is_refused_without_asking(tmp_path: Path) -> None:
+    brain = Brain()
+    result, reports = serve(
+        tmp_path, brain, lambda f: f.answer(wire(), Stranger("nobody"), udp=True)
+    )
+    assert rcode(result) == "REFUSED" and brain.asked == []
+    assert [r.rule for r in reports] == ["<unknown-run>"]
+
+
+def test_a_resolver_that_is_not_there_is_a_servfail(tmp_path: Path) -> None:
+    result, _ = serve(tmp_path, Brain(), lambda f: f.answer(wire("a.org"), CLIENT, udp=True))
+    assert rcode(result) == "SERVFAIL"
+
+
+def test_a_run_that_floods_is_refused_counted_and_others_are_not(tmp_path: Path) -> None:
+    burst = int(2 * forwarder.QUERIES_PER_SECOND)
+
+    async def act(f: Forwarder) -> Any:
+        codes = [rcode(await f.answer(wire(), CLIENT, udp=True)) for _ in range(2 * burst)]
+        other = rcode(await f.answer(wire(), Client("run2", 1000), udp=True))
+        return codes, other
+
+    (codes, other), reports = serve(tmp_path, Brain(), act)
+    assert codes[:burst] == ["NOERROR"] * burst
+    assert "REFUSED" in codes[burst:]
+    assert other == "NOERROR"
+    assert {r.rule for r in reports} == {"<limit:dns_queries_per_second>"}
+    assert sum(r.count for r in reports) == codes.count("REFUSED")
+
+
+def test_a_run_with_too_many_queries_in_flight_is_refused(tmp_path: Path) -> None:
+    most = forwarder.IN_FLIGHT_PER_RUN
+
+    async def act(f: Forwarder) -> Any:
+        return await asyncio.gather(
+            *(f.answer(wire(), CLIENT, udp=True) for _ in range(most + 5))
+        )
+
+    answers, reports = serve(tmp_path, Brain(seconds=0.2), act)
+    codes = [rcode(a) for a in answers]
+    assert codes.count("NOERROR") == most and codes.count("REFUSED") == 5
+    assert {r.rule for r in reports} == {"<limit:dns_in_flight_per_run>"}
+
+
+def test_what_could_not_be_parsed_gets_its_own_id_back(tmp_path: Path) -> None:
+    packet = struct.pack("!6H", 0xBEEF, 0x0100, 2, 0, 0, 0)
+    answer, reports = serve(tmp_path, Brain(), lambda f: f.answer(packet, CLIENT, udp=True))
+    assert answer[:2] == b"\xbe\xef" and answer[3] & 15 == dns.rcode.FORMERR
+    assert [r.rule for r in reports] == ["<malformed-dns>"]
