@@ -168,11 +168,11 @@ def parse(content: bytes | str, *, file: str) -> Document:
 def validate(document: Document, schema: Mapping[str, Json]) -> list[Problem]:
     """What a JSON Schema has against a document, in the order of its lines.
 
-    Two annotations of ours are understood in a schema: `x-not-built` (the text says what
-    is not there yet) and `x-says` (what a `pattern` means, in words).
+    Annotations of ours in a schema: `x-not-built` (what is not there yet, in words),
+    `x-not-built-values` (the same for values) and `x-says` (what a `pattern` means).
     """
     found: list[Problem] = []
-    for error in _validator(json.dumps(schema)).iter_errors(document.data):
+    for error in _validator(json.dumps(schema)).iter_errors(dict(document.data)):
         found.extend(_problems_of(document, error))
         if len(found) > 4 * PROBLEM_LIMIT:
             break
@@ -460,18 +460,19 @@ def _pattern(
 
 def _problems_of(document: Document, error: jsonschema.ValidationError) -> Iterator[Problem]:
     path = tuple(error.absolute_path)
+    keyword = str(error.validator)
     rule: Mapping[str, Json] = error.schema if isinstance(error.schema, dict) else {}
     if "x-not-built" in rule:
         message = f"{rule['x-not-built']} is not built into this version"
         yield document.problem(path, message, "remove it; nothing would enforce it")
-    elif error.validator == "additionalProperties":
+    elif keyword == "additionalProperties":
         yield from _unknown_keys(document, path, error.instance, rule)
-    elif error.validator == "required":
+    elif keyword == "required":
         for name in error.validator_value:
             if name not in error.instance:
                 yield document.problem(path, f"{name!r} is missing", f"add {name} = ...")
     else:
-        explain = _EXPLANATIONS.get(str(error.validator), _explain_other)
+        explain = _EXPLANATIONS.get(keyword, _explain_other)
         message, fix = explain(error.instance, error.validator_value, rule)
         yield document.problem(path, message or error.message, fix)
 
@@ -520,8 +521,10 @@ def _explain_type(value: Json, wanted: Json, _rule: Mapping[str, Json]) -> Expla
     return f"must be {words}, not {_type_word(value)}", fix
 
 
-def _explain_enum(value: Json, wanted: Json, _rule: Mapping[str, Json]) -> Explanation:
+def _explain_enum(value: Json, wanted: Json, rule: Mapping[str, Json]) -> Explanation:
     texts = [w for w in wanted if isinstance(w, str)]
+    if value in rule.get("x-not-built-values", ()):
+        return f"{_shown(value)} is not built into this version", f"use {', '.join(texts)}"
     fix = did_you_mean(value, texts) if isinstance(value, str) else ""
     words = ", ".join(_shown(w) for w in wanted)
     return f"{_shown(value)} is not one of {words}", "" if fix.startswith("known") else fix
