@@ -61,8 +61,10 @@ def test_an_answer_gets_no_answer() -> None:
 
 
 def test_another_version_of_edns_is_refused() -> None:
+    query = dns.message.make_query("abc.test", "A", use_edns=0)
+    query.ednsflags |= 1 << 16
     with pytest.raises(Rejected) as refused:
-        parse_query(wire(use_edns=2))
+        parse_query(query.to_wire())
     assert refused.value.rcode == dns.rcode.FORMERR
 
 
