@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.guarded import ATTEMPTS, SERVICES, WORK, governed, guard, records
+from tests.lab.guarded import ATTEMPTS, SERVICES, WORK, governed, guard, last_sequence, records
 from tests.lab.harness import Container, eventually
 from tests.lab.harness.__main__ import newest_debs
 from tests.lab.harness.names import API, DENIED
@@ -169,26 +169,46 @@ FLUSHES = [
 ]
 
 
+SAVE = "; ".join(f"{x}-save -t {t}" for x in ("iptables", "ip6tables") for t in ("nat", "filter"))
+
+
+def guards_rules(box: Container) -> list[str]:
+    """The guard's own rules and chains as the kernel has them now, without counters."""
+    saved = box.raw(["sh", "-c", SAVE]).check().out
+    return [line.split(" [")[0] for line in saved.splitlines() if "AA-" in line]
+
+
+def flush(box: Container, command: str, wanted: list[str], *, within: float) -> None:
+    """Does it, and waits until the rules are as they were."""
+    box.raw(["sh", "-c", command]).check()
+    started = time.monotonic()
+    while (now := guards_rules(box)) != wanted and time.monotonic() - started < within:
+        time.sleep(0.05)
+    assert now == wanted
+
+
 @pytest.mark.parametrize("command", FLUSHES)
-def test_a_flushed_firewall_opens_nothing_and_is_repaired(box: Container, command: str) -> None:
-    rules = "iptables-save -t nat; iptables-save -t filter; ip6tables-save -t nat; ip6tables-save -t filter"
-    wanted = "".join(line for line in box.raw(["sh", "-c", rules]).out.splitlines(True) if "AA-" in line)
-
-    def there() -> str:
-        return "".join(line for line in box.raw(["sh", "-c", rules]).out.splitlines(True) if "AA-" in line)
-
-    def stripped(text: str) -> list[str]:
-        return [line.split(" [")[0] for line in text.splitlines()]
-
+def test_a_flushed_firewall_is_repaired_within_two_seconds(box: Container, command: str) -> None:
+    wanted = guards_rules(box)
+    assert len(wanted) > 20
+    before = last_sequence(box)
     try:
-        with hammering(box):
-            box.raw(["sh", "-c", command])
-            started = time.monotonic()
-            eventually(lambda: stripped(there()) == stripped(wanted), timeout=5, what="the rules are back")
-            assert time.monotonic() - started < 2.5
+        flush(box, command, wanted, within=2.0)
     finally:
         box.raw(["sh", "-c", "iptables -D OUTPUT -j ACCEPT; ip6tables -D OUTPUT -j ACCEPT"])
-    assert records(box, type="alert", kind="guard")
+    alerts = [r for r in records(box, type="alert", kind="guard") if r["seq"] > before]
+    assert alerts
+
+
+@pytest.mark.parametrize("command", FLUSHES)
+def test_a_flushed_firewall_opens_nothing(box: Container, command: str) -> None:
+    """Under the hammer the machine is busy, so the repair may take longer; nothing leaks meanwhile."""
+    wanted = guards_rules(box)
+    try:
+        with hammering(box):
+            flush(box, command, wanted, within=20.0)
+    finally:
+        box.raw(["sh", "-c", "iptables -D OUTPUT -j ACCEPT; ip6tables -D OUTPUT -j ACCEPT"])
 
 
 def test_a_flush_while_the_watcher_is_dead_opens_nothing(box: Container) -> None:

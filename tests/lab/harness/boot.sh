@@ -29,7 +29,8 @@ ip netns add origins
 ip link add veth-box netns box type veth peer name veth-origins netns origins
 for side in "box 1" "origins 2"; do
     set -- $side
-    ip netns exec "$1" sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0
+    ip netns exec "$1" sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0 \
+        "net.ipv4.ping_group_range=0 2147483647"  # everybody may ping, so a refused ping is the guard's doing
     ip -n "$1" link set lo up
     ip -n "$1" link set "veth-$1" up
     ip -n "$1" address add "10.77.0.$2/24" dev "veth-$1"
