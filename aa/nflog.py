@@ -248,8 +248,6 @@ def _grow(sock: socket.socket) -> None:
 
 
 def _meaning(code: int) -> str:
-    if code == errno.EBUSY:
-        return "another program reads it already"
-    if code == errno.EPERM:
-        return "CAP_NET_ADMIN is needed to read it"
+    if code in (errno.EBUSY, errno.EPERM):  # EPERM also for a group that another socket has
+        return "another program reads it already, or CAP_NET_ADMIN is missing"
     return errno.errorcode.get(code, str(code))

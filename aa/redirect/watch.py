@@ -112,6 +112,8 @@ class Guard:
         """True when nothing was changed since the last full reading, which is recent."""
         if self._slice_or_none() != self.bound or time.monotonic() - self._read > FULL_SECONDS:
             return False
+        if V6 not in self.families and v6.why_open():
+            return False
         mark = self._watermark()
         return mark is not None and mark == self._mark
 

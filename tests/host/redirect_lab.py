@@ -91,8 +91,11 @@ class Lab:
             mount -t cgroup2 none /sys/fs/cgroup
             mount -t tmpfs none /run
             mkdir -p /run/agent-assembly /run/state
-            mkdir /run/upper /run/work
-            mount -t overlay none -o lowerdir=/etc,upperdir=/run/upper,workdir=/run/work /etc
+            for d in /etc /usr/sbin; do
+                mkdir -p /run/layers$d/upper /run/layers$d/work
+                layers=lowerdir=$d,upperdir=/run/layers$d/upper,workdir=/run/layers$d/work
+                mount -t overlay none -o $layers $d
+            done
             rm -rf /etc/agent-assembly && mkdir /etc/agent-assembly
             for tool in iptables iptables-save iptables-restore \
                 ip6tables ip6tables-save ip6tables-restore; do
