@@ -1,0 +1,367 @@
+"""The gateway without sockets: what it decides, what it records before it answers, how runs live and end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aa.audit.file import AuditFile, read_backwards
+from aa.audit.journal import Journal
+from aa.audit.log import AuditLog, AuditUnavailable
+from aa.config import Config
+from aa.gateway.gateway import Gateway, LayerNotReady, RunUnknown, TooManyRuns
+from aa.gateway.runs import RegistryCorrupt, RunRegistry
+from aa.model import Action, Effect, Kind, Layer, Mode, RecordType, Report, Run, RunState
+
+POLICY = """
+[policy]
+id = "test"
+default = { network = "deny", dns = "deny", tool = "deny" }
+
+[[rule]]
+id = "web"
+effect = "allow"
+network = { hosts = ["allowed.test"] }
+
+[[rule]]
+id = "search"
+effect = "allow"
+tool = { names = ["search"] }
+
+[[rule]]
+id = "transfer"
+effect = "ask"
+tool = { names = ["transfer"] }
+"""
+PUBLIC = ["93.184.216.34"]
+
+
+def connect(host: str, addresses: list[str] | None = None) -> Action:
+    attributes: dict[str, Any] = {"host": host, "port": 443, "protocol": "tls"}
+    if addresses is not None:
+        attributes["addresses"] = addresses
+    return Action(Kind.NET_CONNECT, f"{host}:443", attributes)
+
+
+def tool(name: str) -> Action:
+    return Action(Kind.TOOL_CALL, name, {"args": {}})
+
+
+@pytest.fixture
+def policies(tmp_path: Path) -> Path:
+    directory = tmp_path / "policy.d"
+    directory.mkdir()
+    return directory
+
+
+Open = Callable[[], Gateway]
+
+
+@pytest.fixture
+def open_gateway(tmp_path: Path, policies: Path) -> Open:
+    """Opens the gateway on the same files each time: calling it again is a restart."""
+
+    def open_() -> Gateway:
+        config = Config()
+        config = replace(
+            config,
+            audit=replace(config.audit, file=str(tmp_path / "audit.jsonl")),
+            gateway=replace(config.gateway, max_runs=3, decisions_per_second=100),
+        )
+        audit = AuditLog(
+            AuditFile(tmp_path / "audit.jsonl", max_bytes=1 << 20, keep=2),
+            Journal(tmp_path / "no-journal"),
+        )
+        gateway = Gateway(
+            config=config,
+            policies=policies,
+            registry=RunRegistry(tmp_path / "runs.sqlite"),
+            audit=audit,
+        )
+        gateway.source.reload()
+        return gateway
+
+    return open_
+
+
+@pytest.fixture
+def gateway(open_gateway: Open, policies: Path) -> Gateway:
+    (policies / "50-test.toml").write_text(POLICY)
+    return open_gateway()
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
+    """The records on disk, oldest first."""
+    return lambda: list(reversed(list(read_backwards(tmp_path / "audit.jsonl"))))
+
+
+def start_run(gateway: Gateway, layers: frozenset[Layer] = frozenset({Layer.PROXY})) -> Run:
+    run = gateway.register(Run("", "claude-code", "dev", 1000, layers=layers))
+    return gateway.start(run.id, f"aa.slice/x/aa-agent-{run.id}.service", 4242 + len(run.id))
+
+
+def test_allows_and_denies_as_the_policy_says(gateway: Gateway) -> None:
+    run = start_run(gateway)
+    allowed = gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC))
+    denied = gateway.decide(run.id, Layer.PROXY, connect("denied.test", PUBLIC))
+    assert (allowed.effect, allowed.rule) == (Effect.ALLOW, "test/web")
+    assert denied.effect is Effect.DENY
+    assert "denied.test" in denied.reason
+
+
+def test_a_decision_is_recorded_before_it_is_answered(gateway: Gateway, records: Any) -> None:
+    run = start_run(gateway)
+    decision = gateway.decide(run.id, Layer.PROXY, connect("denied.test", PUBLIC))
+    last = records()[-1]
+    assert (last["type"], last["decision"], last["run"]) == ("decision", "deny", run.id)
+    assert (last["rule"], last["reason"], last["policy"]) == (
+        decision.rule,
+        decision.reason,
+        decision.policy,
+    )
+
+
+def test_without_a_place_for_its_record_nothing_is_allowed(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(gateway)
+
+    def full(record: Any) -> None:
+        raise AuditUnavailable("the disk is full")
+
+    monkeypatch.setattr(gateway.audit, "write", full)
+    decision = gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC))
+    assert (decision.effect, decision.rule) == (Effect.DENY, "<audit>")
+
+
+def test_an_unknown_run_is_denied_and_recorded(gateway: Gateway, records: Any) -> None:
+    decision = gateway.decide("nosuchrun", Layer.PROXY, connect("allowed.test", PUBLIC))
+    assert (decision.effect, decision.rule) == (Effect.DENY, "<unknown-run>")
+    assert records()[-1]["run"] == "nosuchrun"
+
+
+def test_an_engine_that_fails_denies(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start_run(gateway)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(type(gateway.source.policy), "decide", fail)
+    decision = gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC))
+    assert (decision.effect, decision.rule) == (Effect.DENY, "<engine-error>")
+
+
+def test_a_provisional_allow_leaves_no_record_and_a_denial_does(
+    gateway: Gateway, records: Any
+) -> None:
+    run = start_run(gateway)
+    before = len(records())
+    assert gateway.decide(
+        run.id, Layer.PROXY, connect("allowed.test"), provisional=True
+    ).permits
+    assert len(records()) == before
+    assert not gateway.decide(
+        run.id, Layer.PROXY, connect("denied.test"), provisional=True
+    ).permits
+    assert len(records()) == before + 1
+
+
+def test_an_ask_is_a_denial_while_there_are_no_approvals(gateway: Gateway) -> None:
+    run = start_run(gateway)
+    assert gateway.decide(run.id, Layer.SDK, tool("search")).permits
+    decision = gateway.decide(run.id, Layer.SDK, tool("transfer"))
+    assert (decision.effect, decision.rule) == (Effect.DENY, "test/transfer")
+    assert "approval" in decision.reason
+
+
+def test_with_no_policy_everything_is_denied_with_what_to_do(open_gateway: Open) -> None:
+    gateway = open_gateway()
+    run = start_run(gateway)
+    decision = gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC))
+    assert decision.effect is Effect.DENY
+    assert "aasm policy use" in decision.reason
+    assert gateway.source.state == "none"
+    assert "everything is denied" in gateway.status_line()
+
+
+def test_a_broken_file_changes_nothing_but_the_status(
+    gateway: Gateway, policies: Path, records: Any
+) -> None:
+    run = start_run(gateway)
+    revision = gateway.source.revision
+    (policies / "60-broken.toml").write_text('[policy]\nid = "x"\nunknown_key = 1\n')
+    gateway.source.reload_if_changed()
+    assert gateway.source.revision == revision
+    assert gateway.source.state == "degraded"
+    assert "60-broken.toml" in gateway.status_line()
+    assert records()[-1]["type"] == "alert"
+    assert gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+    (policies / "60-broken.toml").unlink()
+    gateway.source.reload_if_changed()
+    assert (gateway.source.state, gateway.source.revision) == ("ok", revision)
+
+
+def test_a_file_that_is_replaced_by_rename_is_noticed(gateway: Gateway, policies: Path) -> None:
+    run = start_run(gateway)
+    new = policies / ".new"
+    new.write_text(POLICY.replace("allowed.test", "other.test"))
+    new.rename(policies / "50-test.toml")
+    gateway.source.reload_if_changed()
+    assert not gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+    assert gateway.decide(run.id, Layer.PROXY, connect("other.test", PUBLIC)).permits
+
+
+def test_a_policy_that_was_removed_denies(gateway: Gateway, policies: Path) -> None:
+    run = start_run(gateway)
+    (policies / "50-test.toml").unlink()
+    gateway.source.reload_if_changed()
+    assert not gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+
+
+def test_a_run_that_floods_is_denied_and_told_once(
+    gateway: Gateway, records: Any
+) -> None:
+    flooding, quiet = start_run(gateway), start_run(gateway)
+    answers = [
+        gateway.decide(flooding.id, Layer.PROXY, connect("allowed.test", PUBLIC)).rule
+        for _ in range(300)
+    ]
+    refused = answers.count("<limit:decisions_per_second>")
+    assert 150 < refused < 220
+    assert gateway.decide(quiet.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+    gateway.flush_rate_refusals()
+    told = [r for r in records() if r["rule"] == "<limit:decisions_per_second>"]
+    assert [(r["run"], r["count"]) for r in told] == [(flooding.id, refused)]
+
+
+def test_a_run_starts_when_every_component_of_its_layers_confirmed(gateway: Gateway) -> None:
+    async def scenario() -> None:
+        run = start_run(gateway, frozenset({Layer.PROXY, Layer.KERNEL}))
+        waiting = asyncio.create_task(gateway.await_ready(run.id, 5))
+        for component in ("redirect", "proxy"):
+            await asyncio.sleep(0)
+            gateway.confirm(run.id, component, True, "")
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        gateway.confirm(run.id, "ebpf", True, "")
+        assert (await waiting).state is RunState.RUNNING
+
+    asyncio.run(scenario())
+
+
+def test_a_run_does_not_start_when_a_component_refuses(gateway: Gateway) -> None:
+    async def scenario() -> None:
+        run = start_run(gateway)
+        waiting = asyncio.create_task(gateway.await_ready(run.id, 5))
+        await asyncio.sleep(0)
+        gateway.confirm(run.id, "proxy", True, "")
+        gateway.confirm(run.id, "redirect", False, "the rules are gone")
+        with pytest.raises(LayerNotReady) as e:
+            await waiting
+        assert (e.value.component, e.value.reason) == ("redirect", "the rules are gone")
+
+    asyncio.run(scenario())
+
+
+def test_a_component_that_is_silent_fails_the_run_by_name(gateway: Gateway) -> None:
+    async def scenario() -> None:
+        run = start_run(gateway)
+        gateway.confirm(run.id, "proxy", True, "")
+        with pytest.raises(LayerNotReady) as e:
+            await gateway.await_ready(run.id, 0.05)
+        assert e.value.component == "redirect"
+        assert "systemctl status aa-redirect.service" in e.value.reason
+
+    asyncio.run(scenario())
+
+
+def test_runs_survive_a_restart_with_their_denials(
+    gateway: Gateway, open_gateway: Open
+) -> None:
+    run = start_run(gateway)
+    gateway.decide(run.id, Layer.PROXY, connect("denied.test", PUBLIC))
+    again = open_gateway()
+    assert again.registry.get_live(run.id) == run
+    assert [d["target"] for d in again.denials(run.id)] == ["denied.test:443"]
+    assert again.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+
+
+def test_an_ended_run_decides_nothing_any_more(gateway: Gateway) -> None:
+    run = start_run(gateway)
+    ended = gateway.end(run.id, exit_code=3, signal=None)
+    assert (ended.state, ended.exit_code) == (RunState.ENDED, 3)
+    assert not gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+    assert [r.id for r in gateway.registry.ended()] == [run.id]
+    with pytest.raises(RunUnknown):
+        gateway.end(run.id, exit_code=0, signal=None)
+
+
+def test_a_run_whose_cgroup_is_gone_is_ended(gateway: Gateway) -> None:
+    run = start_run(gateway)
+    assert [r.id for r in gateway.end_vanished()] == [run.id]
+    assert gateway.registry.get_live(run.id) is None
+
+
+def test_more_runs_than_the_limit_are_refused(gateway: Gateway) -> None:
+    for _ in range(3):
+        start_run(gateway)
+    with pytest.raises(TooManyRuns):
+        start_run(gateway)
+
+
+def test_watchers_see_each_change_of_a_run(gateway: Gateway) -> None:
+    seen: list[tuple[str, RunState]] = []
+    unwatch = gateway.watch(lambda run: seen.append((run.id, run.state)))
+    run = start_run(gateway)
+    gateway.end(run.id, exit_code=0, signal=None)
+    unwatch()
+    start_run(gateway)
+    assert seen == [(run.id, RunState.STARTING), (run.id, RunState.ENDED)]
+
+
+def test_lost_reports_become_a_gap_record_with_their_number(
+    gateway: Gateway, records: Any
+) -> None:
+    report = Report(RecordType.OBSERVED, Layer.KERNEL, Kind.EXEC, "/bin/true", 1, count=4)
+    gateway.component_reports("ebpf", 17, [report])
+    gap, observed = records()[-2:]
+    assert (gap["type"], gap["target"], gap["count"]) == ("gap", "ebpf", 17)
+    assert (observed["type"], observed["count"]) == ("observed", 4)
+
+
+def test_a_corrupt_registry_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "runs.sqlite"
+    path.write_bytes(b"this is no database" * 1000)
+    with pytest.raises(RegistryCorrupt, match="move it away"):
+        RunRegistry(path)
+
+
+def test_a_registry_with_a_run_of_another_shape_is_corrupt(tmp_path: Path) -> None:
+    path = tmp_path / "runs.sqlite"
+    RunRegistry(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("insert into run values ('x', 'running', 0, 0, ?)", (json.dumps({"id": "x"}),))
+    with pytest.raises(RegistryCorrupt):
+        RunRegistry(path)
+
+
+def test_in_observe_mode_everything_passes_and_says_what_would_be(
+    gateway: Gateway, policies: Path, records: Any
+) -> None:
+    (policies / "50-test.toml").write_text(
+        POLICY.replace('id = "test"', 'id = "test"\nmode = "observe"')
+    )
+    gateway.source.reload_if_changed()
+    run = start_run(gateway)
+    decision = gateway.decide(run.id, Layer.PROXY, connect("denied.test", PUBLIC))
+    assert (decision.effect, decision.would) == (Effect.ALLOW, Effect.DENY)
+    assert (records()[-1]["decision"], records()[-1]["would"]) == ("allow", "deny")
+    assert gateway.mode_of(run) is Mode.OBSERVE
