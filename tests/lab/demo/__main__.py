@@ -18,6 +18,7 @@ from tests.lab.harness.__main__ import newest_debs
 
 WIDTH = 190  # columns where the output is no terminal
 AGENT_SAW = 36  # columns
+ENTRY = 130  # characters shown of a record
 DAEMON_LOGS = [f"--unit={daemon}" for daemon in measures.DAEMONS]
 COLOURS = {"allow": "green", "deny": "red"}
 
@@ -67,9 +68,10 @@ def attempts_table(outcomes: list[Outcome]) -> Table:
 
 
 def journal_entry(outcome: Outcome) -> str:
-    """The record's number and its message without the agent's name, which is the same in all of them."""
+    """The record's number and the beginning of its message, without the agent's name: all have it."""
     if outcome.record:
-        return f"{outcome.record['AA_SEQ']}: {outcome.record['MESSAGE'].partition(': ')[2]}"
+        entry = f"{outcome.record['AA_SEQ']}: {outcome.record['MESSAGE'].partition(': ')[2]}"
+        return entry if len(entry) <= ENTRY else entry[: ENTRY - 1] + "…"
     return "NO RECORD" if outcome.attempt.target else "none: the sandbox refuses it in the kernel"
 
 
