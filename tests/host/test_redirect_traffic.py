@@ -404,6 +404,18 @@ def test_a_listener_of_a_run_neither_hears_nor_answers(
     assert wait_for(lambda: any(r["type"] == "refusal" for r in host.gateway.reports))
 
 
+def test_a_run_cannot_answer_a_datagram_from_outside(host: Host, family: str) -> None:
+    for governed in (True, False):
+        port = str(next(_ports))
+        argv = (PYTHON, "-c", LISTEN, family, "SOCK_DGRAM", client(family), port)
+        Listener(
+            host.lab.start_governed(RUN, *argv, uid=UID) if governed else host.lab.start(*argv)
+        )
+        knock = (PYTHON, "-c", CONNECT, family, "SOCK_DGRAM", client(family), port, "hello")
+        answer = json.loads(host.lab.run_peer(*knock).stdout)
+        assert ("answer" in answer) != governed
+
+
 HOLD = """
 import socket, sys
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)
