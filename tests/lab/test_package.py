@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -19,19 +18,37 @@ STARTED = ("aa.target", "aa-gateway.socket", "aa-gateway-control.socket", "aa-la
 NOT_STARTED = ("aa-proxy.service", "aa-redirect.service", "aa-ebpf.service")
 BAD_CALL = b"x" * 8 + b"\0"
 
-TRACES = (
-    "find / -xdev ( -path /proc -o -path /sys -o -path /work -o -path /var/cache/lab "
-    "-o -path /var/log/journal -o -path /var/lib/dpkg -o -path /var/log/apt ) -prune "
-    "-o ( -name *agent-assembly* -o -name *agent_assembly* -o -name aa-* -o -name aasm* ) -print"
-)
+TRACES = r"""
+set -f
+find / -xdev ( -path /proc -o -path /sys -o -path /var/cache/lab -o -path /var/log/journal
+    -o -path /var/log/apt -o -path /var/lib/dpkg -o -path /work ) -prune -o
+    ( -name *agent-assembly* -o -name *agent_assembly* -o -name aa-* -o -name aasm* ) -print
+"""
+RULES = "iptables-save; ip6tables-save; iptables-legacy-save; ip6tables-legacy-save"
+
+
+def traces(box: Container) -> set[str]:
+    """Files that could be ours. The machine below the container may have some of its own."""
+    found = box.run(TRACES.replace("(", "\\(").replace(")", "\\)").replace("\n    ", " "))
+    return set(found.check().out.splitlines())
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Container]:
+def bare() -> Iterator[Container]:
     """A container of its own: these tests remove the package."""
     with Container() as container:
-        container.install_deb(*newest_debs())
         yield container
+
+
+@pytest.fixture(scope="module")
+def traces_before(bare: Container) -> set[str]:
+    return traces(bare)
+
+
+@pytest.fixture(scope="module")
+def box(bare: Container, traces_before: set[str]) -> Container:
+    bare.install_deb(*newest_debs())
+    return bare
 
 
 def units_of_package(box: Container) -> list[str]:
@@ -146,18 +163,24 @@ def test_reinstallation_keeps_the_listeners_and_what_runs(box: Container) -> Non
     )
 
 
-def test_purge_leaves_nothing(box: Container) -> None:
+def test_purge_ends_what_runs_and_leaves_nothing(box: Container, traces_before: set[str]) -> None:
     """Comes last: the package is gone after it."""
-    box.run(["touch", "/var/lib/agent-assembly/left", "/var/log/agent-assembly/left"]).check()
-    box.systemctl("start", "aa-gateway.service").check()
+    box.systemctl("start", "aa-proxy.service", timeout=60).check()
+    agent = box.popen(["aasm", "run", "--", "sleep", "600"], user="dev", cwd="/home/dev")
+    eventually(lambda: box.raw(["pgrep", "-x", "sleep"]).ok, what="the agent runs")
+    assert "AA-" in box.raw(["sh", "-c", RULES]).out
+    assert traces(box) > traces_before
+
     box.run(["apt-get", "purge", "--yes", "agent-assembly"], timeout=120).check()
-    # `set -f`: find gets the patterns as they are written above
-    left = box.run("set -f; " + TRACES.replace("(", "\\(").replace(")", "\\)"))
-    assert left.out == ""
+
+    assert agent.wait(timeout=20) != 0
+    assert not box.raw(["pgrep", "-x", "sleep"]).ok
+    assert traces(box) == traces_before
     assert "aa-" not in box.raw(["sh", "-c", "getent passwd; getent group"]).out
-    assert "AA-" not in box.raw(["sh", "-c", "iptables-save; ip6tables-save"]).out
+    assert "AA-" not in box.raw(["sh", "-c", RULES]).out
     assert box.systemctl("list-units", "--all", "--no-legend", "--plain", "aa*").out == ""
     assert not box.raw(["test", "-e", "/sys/fs/cgroup/aa.slice"]).ok
-    assert box.systemctl("is-system-running").out.strip() == "running", shlex.quote(
-        box.systemctl("--failed").out
-    )
+    assert box.raw(["findmnt", "--types", "bpf", "--noheadings"]).out == ""  # and so no pin
+    assert box.systemctl("is-system-running").out.strip() == "running", box.systemctl(
+        "--failed"
+    ).out
