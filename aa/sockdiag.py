@@ -154,6 +154,26 @@ class SockDiag:
             if found.local_port == port and _may_send_from(found, address)
         )
 
+    def connected(
+        self, family: int, local: str, destination: Address
+    ) -> tuple[SocketOwner, ...]:
+        """Every TCP socket that is connected from an address, whatever its port, to `destination`.
+
+        For connections whose port was changed on the way: where two redirected
+        connections would look alike, conntrack gives one another source port. This
+        reads the whole table, so it is no substitute for `owner`.
+        """
+        ends = pack(family, local), pack(family, destination[0]), destination[1]
+        families = [socket.AF_INET6]
+        if ends[0].startswith(_MAPPED):
+            families = [socket.AF_INET, socket.AF_INET6]
+        return tuple(
+            found.owner
+            for each in families
+            for found in self._dump(each, socket.IPPROTO_TCP, 0, remote_port=destination[1])
+            if (found.local, found.remote, found.remote_port) == ends
+        )
+
     def _connected(self, family: int, source: Address, destination: Address) -> SocketOwner | None:
         local, remote = pack(family, source[0]), pack(family, destination[0])
         mapped = local.startswith(_MAPPED)
@@ -181,8 +201,10 @@ class SockDiag:
                 raise SockDiagError(f"SOCK_DIAG: {errno.errorcode.get(code, code)}")
         raise SockDiagError("SOCK_DIAG: no answer")
 
-    def _dump(self, family: int, protocol: int, port: int) -> list[_Found]:
-        sockid = _SOCKID.pack(port, 0, _WILDCARD, _WILDCARD)
+    def _dump(
+        self, family: int, protocol: int, port: int, *, remote_port: int = 0
+    ) -> list[_Found]:
+        sockid = _SOCKID.pack(port, remote_port, _WILDCARD, _WILDCARD)
         sequence = self._send(family, protocol, sockid, NLM_F_DUMP)
         found: list[_Found] = []
         for kind, payload in self._replies(sequence):

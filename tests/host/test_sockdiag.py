@@ -95,6 +95,21 @@ def test_finds_the_client_that_speaks_v4_from_a_v6_socket(diag: SockDiag, govern
 
 
 @FAMILIES
+def test_finds_every_client_of_a_destination_whatever_its_port(
+    diag: SockDiag, governed: Path, family: int, loopback: str
+) -> None:
+    with socket.create_server((loopback, 0), family=family) as server:
+        here = server.getsockname()[:2]
+        client = start_in(governed, CLIENT, str(int(family)), *map(str, here), "1234")
+        with client, server.accept()[0], socket.create_connection(here), server.accept()[0]:
+            found = diag.connected(family, loopback, here)
+            client.kill()
+        assert diag.connected(family, loopback, (loopback, 1)) == ()
+    assert len(found) == 2
+    assert [o.uid for o in found if o.cgroup_id == governed.stat().st_ino] == [1234]
+
+
+@FAMILIES
 def test_a_listener_is_not_taken_for_a_connection(
     diag: SockDiag, family: int, loopback: str
 ) -> None:
