@@ -381,7 +381,11 @@ class Connection:
     def _identify(self, destination: tuple[str, int], *, explicit: bool = False) -> None:
         source = self._sock.getpeername()[:2]
         self._client = self._shared.identify.tcp(
-            self._sock.family, source, destination, explicit=explicit
+            self._sock.family,
+            source,
+            destination,
+            explicit=explicit,
+            established=lambda: _is_established(self._sock),
         )
 
     def _enter(self) -> None:
@@ -398,12 +402,17 @@ class Connection:
             )
         self._shared.per_run[self.run] += 1
         self._counted = True
+        if isinstance(self._client, Client):
+            self._shared.identify.hold(self._client)
 
     def _leave(self) -> None:
-        if self._counted:
-            self._shared.per_run[self.run] -= 1
-            if self._shared.per_run[self.run] <= 0:
-                del self._shared.per_run[self.run]
+        if not self._counted:
+            return
+        if isinstance(self._client, Client):
+            self._shared.identify.release(self._client)
+        self._shared.per_run[self.run] -= 1
+        if self._shared.per_run[self.run] <= 0:
+            del self._shared.per_run[self.run]
 
     def _must_be_known(self) -> None:
         if isinstance(self._client, Stranger):
@@ -593,6 +602,11 @@ class Connection:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await self._loop.sock_sendall(self._sock, answer)
             await linger(self._sock, seconds=LINGER_SECONDS, limit=LINGER_BYTES)
+
+
+def _is_established(sock: socket.socket) -> bool:
+    """The first byte of struct tcp_info is the state; neither end has closed."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x01"
 
 
 def _itself() -> Decision:

@@ -18,6 +18,7 @@ from tests.host.front_world import (
     timed,
     world,
 )
+from tests.host.redirect_lab import run_json, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +505,33 @@ def test_an_ungoverned_user_is_untouched(w: World) -> None:
     assert w.gateway.asked == [] and w.gateway.reports == []
 
 
+SAME_PORT = """
+import socket, sys
+for port in (7, 22):
+    s = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("", int(sys.argv[2])))
+    s.settimeout(5)
+    s.connect((sys.argv[1], port))
+    s.sendall(b"hello\\r\\n")
+    print(s.recv(10))
+    globals()[f"kept{port}"] = s
+"""
+
+
+@pytest.mark.parametrize("address", [PEER4, PEER6])
+def test_one_source_port_towards_two_destinations_is_one_run(w: World, address: str) -> None:
+    """After the redirect the two would look alike, so conntrack changes the second's port."""
+    w.gateway.set_run(run_json(w.lab, "second", state="running"))
+    w.gateway.rules[address] = decision()
+    hold = f"import socket, time; s = socket.create_connection(('{address}', 22)); s.send(b'x\\r\\n'); time.sleep(4)"
+    other = w.lab.start_governed("second", "/usr/bin/python3", "-c", hold)
+    assert wait_for(lambda: [a for a in w.gateway.asked if a["run"] == "second"])
+    assert w.python(SAME_PORT, address, "45678") == "b'hello\\r\\n'\nb'220 speak\\r'\n"
+    assert [a["run"] for a in w.gateway.asked if a["run"] != "second"] == [RUN, RUN]
+    other.kill()
+
+
 # -- modes and obligations
 
 
@@ -543,8 +571,6 @@ def test_what_needs_inspection_is_denied_and_says_what_is_missing(w: World) -> N
 
 
 def test_confirms_a_run_that_starts(w: World) -> None:
-    from tests.host.redirect_lab import run_json, wait_for
-
     w.gateway.set_run(run_json(w.lab, "starts", state="starting"))
     assert wait_for(lambda: w.gateway.confirmed)
     assert w.gateway.confirmed == [
@@ -553,8 +579,6 @@ def test_confirms_a_run_that_starts(w: World) -> None:
 
 
 def test_leaves_a_run_without_the_proxy_layer_alone(w: World) -> None:
-    from tests.host.redirect_lab import run_json, wait_for
-
     w.gateway.set_run(run_json(w.lab, "other", state="starting", layers=["kernel"]))
     w.gateway.set_run(run_json(w.lab, "starts", state="starting"))
     assert wait_for(lambda: w.gateway.confirmed)

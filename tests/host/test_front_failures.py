@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.host.front_world import PEER4, RUN, World, decision, timed, world
-from tests.host.redirect_lab import wait_for
+from tests.host.redirect_lab import run_json, wait_for
 from tests.host.test_front import talk
 
 CONFIG = """
@@ -191,8 +191,6 @@ def test_a_run_has_no_more_connections_than_its_limit(w: World) -> None:
 
 
 def test_a_run_at_its_limit_leaves_others_room(w: World) -> None:
-    from tests.host.redirect_lab import run_json
-
     w.gateway.set_run(run_json(w.lab, "second", state="running"))
     w.gateway.rules["allowed.test"] = decision()
     holding = w.lab.start_governed(RUN, "/usr/bin/python3", "-c", HOLD, PEER4, "12", "443")
@@ -203,8 +201,6 @@ def test_a_run_at_its_limit_leaves_others_room(w: World) -> None:
 
 
 def test_over_the_total_connections_are_reset_and_counted(w: World) -> None:
-    from tests.host.redirect_lab import run_json
-
     runs = [f"many{i}" for i in range(4)]
     for run in runs:
         w.gateway.set_run(run_json(w.lab, run, state="running"))

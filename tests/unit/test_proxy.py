@@ -497,8 +497,14 @@ class Table:
 
 
 class Diag:
-    def __init__(self, answer: SocketOwner | None | Exception) -> None:
+    def __init__(self, answer: SocketOwner | None | Exception, *candidates: SocketOwner) -> None:
         self._answer = answer
+        self.candidates = candidates
+        self.searches = 0
+
+    def connected(self, *_: object) -> tuple[SocketOwner, ...]:
+        self.searches += 1
+        return self.candidates
 
     def owner(self, *_: object) -> SocketOwner | None:
         if isinstance(self._answer, Exception):
@@ -547,6 +553,61 @@ def test_inside_a_run_that_is_not_known_that_user_is_a_stranger(tmp_path: Path) 
     unknown.mkdir(parents=True)
     owner = SocketOwner(1000, 5, unknown.stat().st_ino)
     assert isinstance(who(owner, tmp_path, explicit=True), Stranger)
+
+
+def searching(*candidates: SocketOwner) -> Identify:
+    return Identify(Table(run1=7, run2=8), Diag(None, *candidates))  # type: ignore[arg-type]
+
+
+def found(known: Identify, **more: Any) -> Client | Stranger:
+    return known.tcp(socket.AF_INET, ("10.0.0.1", 1), ("10.0.0.2", 443), **more)
+
+
+def test_a_client_whose_port_was_changed_is_the_one_socket_with_that_destination() -> None:
+    assert found(searching(SocketOwner(1000, 5, 7))) == Client("run1", 1000)
+
+
+def test_of_two_runs_with_that_destination_neither_is_guessed() -> None:
+    both = SocketOwner(1000, 5, 7), SocketOwner(1000, 6, 8)
+    assert isinstance(found(searching(*both)), Stranger)
+
+
+def test_a_socket_whose_connection_is_held_already_is_not_the_one() -> None:
+    known = searching(SocketOwner(1000, 5, 7), SocketOwner(1000, 6, 8))
+    other = Client("run2", 1000, inode=6)
+    known.hold(other)
+    assert found(known) == Client("run1", 1000)
+    known.release(other)
+    assert isinstance(found(known), Stranger)
+
+
+def test_an_ungoverned_socket_with_that_destination_is_not_the_one() -> None:
+    """The proxy's own connection to the origin is one of these."""
+    assert found(searching(SocketOwner(1000, 5, 7), SocketOwner(0, 6, 99))) == Client("run1", 1000)
+
+
+def test_a_run_that_is_not_known_may_be_the_one(tmp_path: Path) -> None:
+    unknown = tmp_path / "agents/unknown"
+    unknown.mkdir(parents=True)
+    owners = SocketOwner(1000, 5, 7), SocketOwner(1000, 6, unknown.stat().st_ino)
+    diag = Diag(None, *owners)
+    known = Identify(Table(run1=7), diag, root=tmp_path, slice_="agents")  # type: ignore[arg-type]
+    assert isinstance(found(known), Stranger)
+
+
+def test_a_client_that_left_is_not_searched_a_substitute_for() -> None:
+    known = searching(SocketOwner(1000, 5, 7))
+    assert isinstance(found(known, established=lambda: False), Stranger)
+
+
+def test_searches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    diag = Diag(None)
+    known = Identify(Table(), diag)  # type: ignore[arg-type]
+    still = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: still)
+    for _ in range(1000):
+        assert isinstance(found(known), Stranger)
+    assert diag.searches == 2 * identify.SEARCHES_PER_SECOND
 
 
 def test_the_search_for_cgroups_that_are_no_runs_is_bounded(
