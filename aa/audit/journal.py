@@ -1,8 +1,9 @@
-"""Sending records to journald in its native protocol, without ever waiting for it.
+"""Sending records to journald in its native protocol, with a bounded wait.
 
 `sd_journal_sendv`, and so pystemd's `journal.sendv`, waits without a limit
 while journald does not read: the gateway would stop deciding because its log
-is slow. This sender gives up at once and says so. Protocol:
+is stuck. This sender waits a moment, which is enough for a busy journald, then
+gives up and does not wait again before a record got through. Protocol:
 https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 """
 
@@ -19,6 +20,9 @@ from aa.model import RecordType
 
 JOURNAL_SOCKET = Path("/run/systemd/journal/socket")
 IDENTIFIER = "agent-assembly"
+
+PATIENCE_SECONDS = 0.05
+"""The longest wait for journald to make room, once for each time that it is stuck."""
 
 _FIELDS = {
     "AA_SEQ": "seq",
@@ -47,13 +51,19 @@ class Journal:
     def __init__(self, path: Path = JOURNAL_SOCKET) -> None:
         self._path = os.fspath(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._sock.setblocking(False)
+        patience = struct.pack("ll", 0, int(PATIENCE_SECONDS * 1e6))  # struct timeval
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self._stuck = False
 
     def send(self, record: Record) -> bool:
         try:
-            self._sock.sendto(datagram(record), self._path)
-        except OSError:  # not there, its queue is full, or too large: the caller counts it
+            self._sock.sendto(
+                datagram(record), socket.MSG_DONTWAIT if self._stuck else 0, self._path
+            )
+        except OSError as e:  # not there, its queue is full, or too large: the caller counts it
+            self._stuck = isinstance(e, BlockingIOError)
             return False
+        self._stuck = False
         return True
 
     def close(self) -> None:
