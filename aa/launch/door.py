@@ -87,13 +87,16 @@ class Shim:
 
     async def executed(self) -> None:
         """Returns when the program runs: then, and only then, the connection closes without a word."""
-        data = b""
+        data, reset = b"", False
         async with asyncio.timeout(EXEC_SECONDS):
-            while part := await self._receive():
-                data += part
-                if len(data) > MAX_MESSAGE:
-                    break
-        if not data:
+            try:
+                while part := await self._loop.sock_recv(self._connection, 65536):
+                    data += part
+                    if len(data) > MAX_MESSAGE:
+                        break
+            except ConnectionResetError:  # it left without reading what it was sent
+                reset = True
+        if not data and not reset:
             return
         try:
             told = json.loads(data.partition(b"\0")[0])
@@ -101,12 +104,6 @@ class Shim:
         except (ValueError, KeyError, TypeError):
             step, reason, code = "shim", "it failed with words that nobody understands", 125
         raise ShimFailed(step, reason, code)
-
-    async def _receive(self) -> bytes:
-        try:
-            return await self._loop.sock_recv(self._connection, 65536)
-        except ConnectionResetError:
-            return b""
 
     def close(self) -> None:
         self._connection.close()

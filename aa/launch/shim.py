@@ -369,8 +369,8 @@ def main(path: str) -> int:
         return NOT_STARTED
     try:
         close_other_descriptors(launch.fileno())
-        refuse_streams()
         instructions = launch.receive()
+        refuse_streams()
         if launch.receive() != {"go": True}:
             raise Failure("launch", "aa-launch did not give the go-ahead")
         confine(instructions)
