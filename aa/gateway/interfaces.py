@@ -23,7 +23,6 @@ from aa.gateway.gateway import (
 )
 from aa.model import (
     Action,
-    Kind,
     Layer,
     MalformedValue,
     RecordType,
