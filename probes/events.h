@@ -49,6 +49,7 @@ enum aa_reason {
 	AA_REFUSED_HEADER = 3,    /* neither TCP nor UDP behind the IP header, or no IP at all */
 	AA_REFUSED_INTERFACE = 4, /* a listed end, but not through loopback */
 	AA_REFUSED_SOCKET = 5,    /* a socket of a type or protocol that runs do not get */
+	AA_REFUSED_JOIN = 6,      /* a multicast group, whose reports would leave on their own */
 };
 
 enum aa_flags {

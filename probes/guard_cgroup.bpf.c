@@ -6,6 +6,9 @@
  * rules of the firewall gone it sees the origin's address and drops.
  *
  * What is not understood is dropped. With an empty table of ends everything is.
+ *
+ * Reports of multicast membership are the kernel's own packets and belong to no
+ * socket, and name a group that the program chose: so joining is refused.
  */
 #include "shared.bpf.h"
 
@@ -194,5 +197,59 @@ int aa_sock_create(struct bpf_sock *sk)
 	/* Programs that prefer multipath TCP fall back to TCP on this error, not on EPERM. */
 	if (key.protocol == IPPROTO_MPTCP)
 		bpf_set_retval(-EPROTONOSUPPORT);
+	return REFUSE;
+}
+
+/* Everything that makes the kernel join a group: linux/in.h and linux/in6.h. */
+#define SOL_IP 0
+#define SOL_IPV6 41
+#define IP_ADD_MEMBERSHIP 35
+#define IP_ADD_SOURCE_MEMBERSHIP 39
+#define IP_MSFILTER 41
+#define IPV6_ADD_MEMBERSHIP 20
+#define IPV6_JOIN_ANYCAST 27
+#define MCAST_JOIN_GROUP 42
+#define MCAST_JOIN_SOURCE_GROUP 46
+#define MCAST_MSFILTER 48
+/* More than this the kernel does not copy for a program; 0 tells it to use the caller's own. */
+#define OPTLEN_COPIED 4096
+
+static __always_inline int aa_joins(__u32 level, __u32 option)
+{
+	if (level != SOL_IP && level != SOL_IPV6)
+		return 0;
+	if (option == MCAST_JOIN_GROUP || option == MCAST_JOIN_SOURCE_GROUP ||
+	    option == MCAST_MSFILTER)
+		return 1;
+	if (level == SOL_IP)
+		return option == IP_ADD_MEMBERSHIP || option == IP_ADD_SOURCE_MEMBERSHIP ||
+		       option == IP_MSFILTER;
+	return option == IPV6_ADD_MEMBERSHIP || option == IPV6_JOIN_ANYCAST;
+}
+
+SEC("cgroup/setsockopt")
+int aa_setsockopt(struct bpf_sockopt *ctx)
+{
+	const struct aa_config *config;
+	struct aa_tally_key key = {};
+	struct aa_tally *tally = NULL;
+	struct aa_net *record;
+
+	if (!aa_joins(ctx->level, ctx->optname)) {
+		if (ctx->optlen > OPTLEN_COPIED)
+			ctx->optlen = 0;
+		return PASS;
+	}
+	config = aa_configuration();
+	if (config) {
+		key.reason = AA_REFUSED_JOIN;
+		key.family = ctx->level == SOL_IP ? AF_INET : AF_INET6;
+		key.cgroup = aa_current_run(config);
+		record = aa_refusal(&key, &tally);
+		if (record) {
+			aa_who(&record->head, config);
+			bpf_ringbuf_submit(record, 0);
+		}
+	}
 	return REFUSE;
 }

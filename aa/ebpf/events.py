@@ -24,7 +24,8 @@ KIND_NAMES = {EXEC: "exec", EXIT: "exit", CONNECT: "connect", REFUSED: "refused"
 
 VIA_CONNECT, VIA_DATAGRAM, VIA_FOREIGN = 0, 1, 2
 
-REFUSED_END, REFUSED_FRAGMENT, REFUSED_HEADER, REFUSED_INTERFACE, REFUSED_SOCKET = 1, 2, 3, 4, 5
+REFUSED_END, REFUSED_FRAGMENT, REFUSED_HEADER, REFUSED_INTERFACE = 1, 2, 3, 4
+REFUSED_SOCKET, REFUSED_JOIN = 5, 6
 
 ARGV_CUT, ARGV_UNREAD, FILENAME_CUT, EXE_CUT, CWD_CUT, OUTSIDE = (1 << n for n in range(6))
 
@@ -114,6 +115,8 @@ class TallyKey:
             family = FAMILIES.get(self.family, str(self.family))
             kind = SOCKET_TYPES.get(self.type, str(self.type))
             return f"socket:{family}/{kind}/{self.protocol_name}"
+        if self.reason == REFUSED_JOIN:
+            return f"multicast:{FAMILIES.get(self.family, str(self.family))}"
         if not self.address:
             return "packet:unknown"
         if self.protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
@@ -147,6 +150,7 @@ REASONS = {
     REFUSED_FRAGMENT: "a fragment or a packet with IP options; the kernel guard dropped it",
     REFUSED_HEADER: "a packet that is neither TCP nor UDP; the kernel guard dropped it",
     REFUSED_INTERFACE: "the packet left through a real interface; the kernel guard dropped it",
+    REFUSED_JOIN: "proxied runs join no multicast group; the kernel guard refused it",
     REFUSED_SOCKET: "proxied runs get TCP and UDP sockets only; the kernel guard refused it",
 }
 
@@ -189,7 +193,7 @@ def tally_key(raw: bytes) -> TallyKey:
     cgroup, address, port, protocol, family, type_, reason, via = KEY.unpack(raw)
     if reason and reason not in REASONS:
         raise MalformedRecord(f"reason {reason}")
-    where = "" if reason == REFUSED_SOCKET else _address(family, address)
+    where = "" if reason in (REFUSED_SOCKET, REFUSED_JOIN) else _address(family, address)
     return TallyKey(cgroup, where, port, protocol, family, type_, reason, via)
 
 

@@ -58,6 +58,7 @@ GUARD = "guard_cgroup.bpf.o"
 PROGRAMS = (
     Program("aa_egress", GUARD, Place.PROXY),
     Program("aa_sock_create", GUARD, Place.PROXY),
+    Program("aa_setsockopt", GUARD, Place.PROXY),
     Program("aa_on_exec", OBSERVE, Place.TRACEPOINT),
     Program("aa_on_exit", OBSERVE, Place.TRACEPOINT),
     Program("aa_on_foreign_connect", OBSERVE, Place.TRACEPOINT),

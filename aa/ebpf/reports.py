@@ -119,7 +119,7 @@ def _signal_name(number: int) -> str:
 
 def _net(event: Net) -> dict[str, Json]:
     key = event.key
-    about: dict[str, Json] = {"protocol": key.protocol_name}
+    about: dict[str, Json] = {"protocol": key.protocol_name} if key.protocol else {}
     if not event.refused:
         about["via"] = VIA.get(key.via, "?")
     if key.address:

@@ -16,6 +16,7 @@ from aa.ebpf.events import Net
 from aa.ebpf.loader import AlreadyRunning, Loader, NoPinDirectory, Place, unload
 from aa.paths import DNS_PORT, FRONT_PORT
 from tests.host.ebpf_world import (
+    CLIENT4,
     COMMAND_SECONDS,
     PYTHON,
     ROOT,
@@ -251,6 +252,67 @@ def test_ip_options_are_not_a_way_out(world: World, recorder: Recorder) -> None:
     assert seen is not None and seen.key.reason == events.REFUSED_FRAGMENT
 
 
+JOINS = {
+    "ip": "(AF4, 0, 35, socket.inet_aton('239.1.2.3') + socket.inet_aton(sys.argv[1]))",
+    "ip-source": "(AF4, 0, 39, b''.join(map(socket.inet_aton,"
+                 " ('232.1.2.3', sys.argv[1], '10.78.0.2'))))",
+    "ip-group": "(AF4, 0, 42, INDEX + bytes(4) + PADDED4)",
+    "ipv6": "(AF6, 41, 20, socket.inet_pton(AF6, 'ff15::1:2:3') + INDEX)",
+    "ipv6-group": "(AF6, 41, 42, INDEX + bytes(4) + PADDED6)",
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_joins_no_multicast_group(world: World, loader: Loader, name: str) -> None:
+    """The kernel reports a membership to the link by itself, with a group that the run chose."""
+    code = f"""
+    INDEX = socket.if_nametoindex(sys.argv[2]).to_bytes(4, "little")
+    PADDED4 = (2).to_bytes(2, "little") + bytes(2) + socket.inet_aton("239.1.2.4") + bytes(120)
+    PADDED6 = (10).to_bytes(2, "little") + bytes(6) + socket.inet_pton(AF6, "ff15::9") + bytes(104)
+    family, level, option, value = {JOINS[name]}
+    s = socket.socket(family, UDP)
+    print(attempt(s.setsockopt, level, option, value), attempt(s.setsockopt, 1, 2, 1))
+    """
+    run = places(world)["run"]
+    before = joins_refused(loader, ids(run))
+    assert world.python(run, code, CLIENT4, world.client_link) == f"{errno.EPERM} 0"
+    assert joins_refused(loader, ids(run)) == before + 1
+    assert world.python(world.outside, code, CLIENT4, world.client_link) == "0 0"
+
+
+def joins_refused(loader: Loader, cgroup: int) -> int:
+    tallies = ((events.tally_key(raw), total) for raw, total in loader.tallies().items())
+    return sum(
+        total
+        for key, total in tallies
+        if key.cgroup == cgroup and key.target.startswith("multicast:inet")
+    )
+
+
+def test_a_long_socket_option_passes(world: World, loader: Loader) -> None:
+    """The kernel copies no more than a page for the guard; the caller must not notice."""
+    code = """
+    s = socket.socket(AF4, TCP)
+    s.setsockopt(6, 13, b"cubic" + bytes(6000))  # TCP_CONGESTION reads as much as it needs
+    print(s.getsockopt(6, 13, 16).rstrip(bytes(1)).decode())
+    """
+    assert world.python(world.outside, code) == "cubic"
+    assert world.python(places(world)["run"], code) == "cubic"
+
+
+def test_a_listener_of_a_run_answers_nobody(world: World, loader: Loader) -> None:
+    """Inbound is closed: the SYN/ACK goes by the listener's cgroup and is dropped as well."""
+    code = "print(attempt(tcp, sys.argv[1], 8874, 1.5))"
+    with world.background(
+        places(world)["run"], RECEIVE, CLIENT4, "8874", "tcp", netns=world.client
+    ):
+        assert world.python(world.outside, code, CLIENT4, netns=world.server) == "timed out"
+    with world.background(
+        world.outside, RECEIVE, CLIENT4, "8874", "tcp", netns=world.client
+    ):
+        assert world.python(world.outside, code, CLIENT4, netns=world.server) == "0"
+
+
 def test_refusals_are_told_once_a_second_and_counted_always(
     world: World, loader: Loader, recorder: Recorder
 ) -> None:
@@ -442,7 +504,7 @@ def test_a_refused_program_leaves_the_others(world: World, tmp_path: Path) -> No
     loader.open()
     try:
         loader.load(())
-        assert set(loader.refused) == {"aa_egress", "aa_sock_create"}
+        assert set(loader.refused) == {"aa_egress", "aa_sock_create", "aa_setsockopt"}
         assert loader.problems(Place.TRACEPOINT) == []
         assert loader.problems(Place.PROXY)
     finally:

@@ -185,7 +185,7 @@ def test_a_refusal_becomes_a_denial_with_rule_and_reason() -> None:
 
 
 def test_every_refusal_has_a_reason_in_words() -> None:
-    assert set(events.REASONS) == {1, 2, 3, 4, 5}
+    assert set(events.REASONS) == {1, 2, 3, 4, 5, 6}
 
 
 def test_equal_means_equal_in_all_but_time_and_process() -> None:

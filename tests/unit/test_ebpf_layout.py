@@ -77,7 +77,7 @@ def test_constants() -> None:
         assert number(f"AA_{name}") == getattr(events, name)
     for name in ("EXEC", "EXIT", "CONNECT", "REFUSED", "VIA_CONNECT", "VIA_DATAGRAM",
                  "VIA_FOREIGN", "REFUSED_END", "REFUSED_FRAGMENT", "REFUSED_HEADER",
-                 "REFUSED_INTERFACE", "REFUSED_SOCKET", "ARGV_CUT", "ARGV_UNREAD",
+                 "REFUSED_INTERFACE", "REFUSED_SOCKET", "REFUSED_JOIN", "ARGV_CUT", "ARGV_UNREAD",
                  "FILENAME_CUT", "EXE_CUT", "CWD_CUT", "OUTSIDE"):
         assert number(f"AA_{name}") == getattr(events, name), name
     assert number("AA_KINDS") == tables.KINDS
