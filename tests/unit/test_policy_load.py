@@ -1,0 +1,469 @@
+"""Reading policy files: strict, all or nothing, and every mistake with its place and remedy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aa.model import Action, Effect, Kind, Mode, Run
+from aa.policy import load, loads
+from aa.policy.rules import Section
+from aa.tomlfile import InvalidFile, Problem
+
+ROOT = Path(__file__).parents[2]
+RUN = Run("r", "agent", "dev", 1000, home="/home/dev", directory="/home/dev/work")
+HEAD = '[policy]\nid = "p"\n'
+
+
+def rule(matcher: str, *, effect: str = "allow", more: str = "") -> str:
+    return f'{HEAD}[[rule]]\nid = "r"\neffect = "{effect}"\n{more}{matcher}\n'
+
+
+def problems(text: str) -> tuple[Problem, ...]:
+    with pytest.raises(InvalidFile) as caught:
+        loads({"p.toml": text})
+    return caught.value.problems
+
+
+def the_problem(text: str) -> Problem:
+    (problem,) = problems(text)
+    assert problem.file == "p.toml"
+    return problem
+
+
+def connect(target: str) -> Action:
+    return Action(Kind.NET_CONNECT, target)
+
+
+# -- what a file may say -----------------------------------------------------------------------
+
+
+def test_reads_a_whole_policy() -> None:
+    policy = loads(
+        {
+            "p.toml": """
+            [policy]
+            id = "whole"
+            revision = 7
+            applies_to = { agents = ["a"], users = ["u"], tags = ["team:x"] }
+            mode = "observe"
+            default = { network = "deny", dns = "deny", exec = "allow", file = "sandbox", tool = "ask", mcp = "deny" }
+            [[rule]]
+            id = "r"
+            effect = "allow"
+            reason = "because"
+            network = { hosts = ["a.example"], cidrs = ["10.0.0.0/8"], ports = [443, 8443], protocol = "tls" }
+            [[rule]]
+            id = "t"
+            effect = "ask"
+            tool = { names = ["x_*"], args = { amount = { gt = 1 } } }
+            [sandbox]
+            writable = [".", "~/.cache"]
+            """
+        }
+    )
+    (file,) = policy.files
+    assert (file.id, file.revision, file.mode) == ("whole", "7", Mode.OBSERVE)
+    assert file.default(Section.TOOL) == "ask"
+    assert file.writable == (".", "~/.cache")
+    assert [r.ref for r in policy.rules] == ["whole/r", "whole/t"]
+    told = file.as_json()
+    assert told["rules"][0] == {
+        "id": "r",
+        "effect": "allow",
+        "reason": "because",
+        "line": 8,
+        "matcher": {
+            "network": {
+                "hosts": ["a.example"],
+                "cidrs": ["10.0.0.0/8"],
+                "ports": [443, 8443],
+                "protocol": "tls",
+            }
+        },
+    }
+    assert str(file) == "p.toml (whole)"
+
+
+@pytest.mark.parametrize("name", ["observe", "coding-agent", "locked-down"])
+def test_shipped_templates_are_valid_and_raise_no_finding(name: str) -> None:
+    policy = load(ROOT / f"etc/policies/{name}.toml")
+    assert [str(f) for f in policy.check()] == []
+    assert policy.files[0].id == name
+    assert set(policy.files[0].defaults) == set(Section)
+
+
+def test_template_coding_agent_allows_what_coding_agents_need() -> None:
+    policy = load(ROOT / "etc/policies/coding-agent.toml")
+    ssh = Action(
+        Kind.NET_CONNECT,
+        "93.184.216.34:22",
+        {"port": 22, "protocol": "opaque", "addresses": ["93.184.216.34"], "answered": "github.com"},
+    )
+    assert policy.decide(RUN, connect("api.anthropic.com:443"), now=0).permits
+    assert policy.decide(RUN, ssh, now=0).permits
+    assert not policy.decide(RUN, connect("evil.example:443"), now=0).permits
+    assert not policy.decide(RUN, connect("api.anthropic.com:80"), now=0).permits
+
+
+def test_template_observe_blocks_nothing() -> None:
+    policy = load(ROOT / "etc/policies/observe.toml")
+    decision = policy.decide(RUN, connect("evil.example:443"), now=0)
+    assert decision.permits
+    assert decision.would is Effect.DENY
+
+
+def test_template_locked_down_allows_nothing() -> None:
+    policy = load(ROOT / "etc/policies/locked-down.toml")
+    assert not policy.decide(RUN, connect("api.anthropic.com:443"), now=0).permits
+
+
+# -- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"),
+    [
+        ("", 1, "", "is empty"),
+        ("# nothing\n", 1, "", "is empty"),
+        ("[policy]\n", 1, "policy", "'id' is missing"),
+        ('[[rule]]\nid = "r"\neffect = "allow"\n', 1, "", "'policy' is missing"),
+        ('[policy]\nid = "a b"\n', 2, "policy.id", "not valid here"),
+        ('[policy]\nid = ""\n', 2, "policy.id", "is empty"),
+        (HEAD + 'mode = "monitor"\n', 3, "policy.mode", "not one of"),
+        (HEAD + "applies_to = {}\n", 3, "policy.applies_to", "empty table"),
+        (HEAD + "applies_to = { agents = [] }\n", 3, "policy.applies_to.agents", "empty list"),
+        (HEAD + 'applies_to = { agent = ["a"] }\n', 3, "policy.applies_to.agent", "unknown key"),
+        (HEAD + 'applies_to = { agents = ["a*"] }\n', 3, "policy.applies_to.agents[0]", "not valid"),
+        (HEAD + "default = {}\n", 3, "policy.default", "empty table"),
+        (HEAD + 'default = { net = "deny" }\n', 3, "policy.default.net", "unknown key"),
+        (HEAD + 'default = { network = "alow" }\n', 3, "policy.default.network", "not one of"),
+        (HEAD + "[[rules]]\nid = 'r'\n", 3, "rules", "unknown key"),
+        (HEAD + "rule = []\n", 3, "policy.rule", "unknown key"),
+        ("rule = []\n" + HEAD, 1, "rule", "empty list"),
+        (HEAD + '[[rule]]\neffect = "allow"\ntool = { names = ["a"] }\n', 3, "rule[0]", "'id'"),
+        (HEAD + '[[rule]]\nid = "r"\ntool = { names = ["a"] }\n', 3, "rule[0]", "'effect'"),
+        (rule("", more="efect = 'deny'\n"), 6, "rule[0].efect", "unknown key"),
+        (rule(""), 3, "rule[0]", "no matcher"),
+        (rule('tool = { names = ["a"] }\nnetwork = { hosts = ["b"] }'), 3, "rule[0]", "two matchers"),
+        (rule("tool = {}"), 6, "rule[0].tool", "'names' is missing"),
+        (rule("tool = { names = [] }"), 6, "rule[0].tool.names", "empty list"),
+        (rule("tool = { names = ['a', 'a'] }"), 6, "rule[0].tool.names", "twice"),
+        (rule("network = {}"), 6, "rule[0].network", "empty table"),
+        (rule("network = { hosts = [] }"), 6, "rule[0].network.hosts", "empty list"),
+        (rule("network = { hosts = 'a' }"), 6, "rule[0].network.hosts", "must be a list"),
+        (rule("network = { ports = [443] }"), 6, "rule[0].network", "neither hosts nor cidrs"),
+        (rule("network = { hosts = ['a'], ports = [] }"), 6, "rule[0].network.ports", "empty list"),
+        (rule("network = { hosts = ['a'], ports = [0] }"), 6, "rule[0].network.ports[0]", "below 1"),
+        (rule("network = { hosts = ['a'], cidrs = [] }"), 6, "rule[0].network.cidrs", "empty list"),
+        (rule("network = { hosts = ['a'], wide = false }"), 6, "rule[0].network.wide", ""),
+        (rule("network = { hosts = ['a'], wide = true }"), 6, "rule[0].network.wide", "nothing"),
+        (rule("network = { hosts = ['a'], port = [1] }"), 6, "rule[0].network.port", "unknown key"),
+        (rule("", more="reason = 'a\\tb'\n").replace("'a\\tb'", '"a\\tb"'), 6, "rule[0].reason", ""),
+        ("[sandbox]\nwritable = []\n" + HEAD, 2, "sandbox.writable", "empty list"),
+        ("[sandbox]\nwritable = ['/etc']\n" + HEAD, 2, "sandbox.writable[0]", "would open"),
+        ("[sandbox]\nwritable = ['src']\n" + HEAD, 2, "sandbox.writable[0]", "neither absolute"),
+        ("[sandbox]\n" + HEAD, 1, "sandbox", "empty table"),
+    ],
+)
+def test_mistakes_name_line_and_key(text: str, line: int, key: str, words: str) -> None:
+    problem = problems(text)[0]
+    assert (problem.line, problem.key) == (line, key)
+    assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (rule('network = { hosts = ["a"], methods = ["GET"] }'), "rule[0].network.methods"),
+        (rule('network = { hosts = ["a"], paths = ["/"] }'), "rule[0].network.paths"),
+        (rule('network = { hosts = ["a"], headers = { A = "b" } }'), "rule[0].network.headers"),
+        (rule('network = { hosts = ["a"], body = { secrets = ["any"] } }'), "rule[0].network.body"),
+        (rule('network = { hosts = ["a"], ws = { text = "x" } }'), "rule[0].network.ws"),
+        (rule('network = { hosts = ["a"], inspect = true }'), "rule[0].network.inspect"),
+        (rule('exec = { paths = ["/usr/bin/sudo"] }'), "rule[0].exec"),
+        (rule('file = { paths = ["/etc/shadow"] }'), "rule[0].file"),
+        (rule('mcp = { servers = ["a"] }'), "rule[0].mcp"),
+        (rule('llm = { providers = ["a"] }'), "rule[0].llm"),
+        (rule('inbound = { ports = [1] }'), "rule[0].inbound"),
+        (rule('tool = { names = ["a"] }\nwhen = { days = ["mon"] }'), "rule[0].when"),
+        (rule('tool = { names = ["a"] }\napprove = { by = ["x"] }'), "rule[0].approve"),
+        ("[sandbox]\nuser_namespaces = 'deny'\n" + HEAD, "sandbox.user_namespaces"),
+        ("[sandbox]\nread_only = ['.git']\n" + HEAD, "sandbox.read_only"),
+        (HEAD + "[[limit]]\nid = 'x'\n", "limit"),
+        (HEAD + "[[secret]]\nid = 'x'\n", "secret"),
+        (HEAD + 'default = { exec = "deny" }\n', "policy.default.exec"),
+        (HEAD + 'default = { file = "allow" }\n', "policy.default.file"),
+        (HEAD + 'default = { mcp = "allow" }\n', "policy.default.mcp"),
+        (HEAD + 'default = { dns = "ask" }\n', "policy.default.dns"),
+    ],
+)
+def test_what_is_not_built_is_an_error_that_says_so(text: str, key: str) -> None:
+    problem = the_problem(text)
+    assert problem.key == key
+    assert "is not built into this version" in problem.message
+    assert problem.line >= 2
+
+
+@pytest.mark.parametrize(
+    ("host", "fix"),
+    [
+        ("*", "'**' is every name"),
+        ("api-*.example", "write *.NAME"),
+        ("a.*.example", "write *.NAME"),
+        ("***.example", "write *.NAME"),
+        ("10.0.0.1", "put it into cidrs"),
+        ("*.0.0.1", ""),
+        ("10.0.0.0/8", "put it into cidrs"),
+        ("https://a.example/", "write the name of the host alone"),
+        ("a.example:8443", 'hosts = ["a.example"], ports = [8443]'),
+        ("a..example", ""),
+        ("a\\u0000.example", ""),
+        ("-a.example", ""),
+        ("*.com", "wide = true"),
+        ("**.com", "wide = true"),
+        ("*.co.uk", "wide = true"),
+        ("**.github.io", "wide = true"),
+        ("*.рф", "wide = true"),
+    ],
+)
+def test_bad_host_patterns_are_errors_with_a_remedy(host: str, fix: str) -> None:
+    problem = the_problem(rule(f'network = {{ hosts = ["ok.example", "{host}"] }}'))
+    assert (problem.line, problem.key) == (6, "rule[0].network.hosts[1]")
+    assert fix in problem.fix
+
+
+def test_the_same_host_twice_in_two_spellings_is_an_error() -> None:
+    assert "once more" in the_problem(rule('network = { hosts = ["a.b", "A.B."] }')).message
+
+
+def test_wide_patterns_are_allowed_when_confirmed_and_narrow_ones_without() -> None:
+    assert loads({"p": rule('network = { hosts = ["*.com"], wide = true }')})
+    assert loads({"p": rule('network = { hosts = ["**.example.co.uk", "**"] }')})
+
+
+@pytest.mark.parametrize(
+    ("cidr", "fix"),
+    [
+        ("10.0.0.1/8", 'write "10.0.0.0/8"'),
+        ("example.org", "names belong in hosts"),
+        ("10.0.0.0/33", "names belong in hosts"),
+        ("010.0.0.0/8", "names belong in hosts"),
+        ("::ffff:10.0.0.0/104", "write the IPv4 range"),
+        ("fe80::1%eth0", "remove it"),
+    ],
+)
+def test_bad_cidrs_are_errors_with_a_remedy(cidr: str, fix: str) -> None:
+    problem = the_problem(rule(f'network = {{ cidrs = ["{cidr}"] }}'))
+    assert problem.key == "rule[0].network.cidrs[0]"
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "words"),
+    [
+        ("{}", "args", "empty table"),
+        ("{ a = {} }", "args.a", "empty table"),
+        ("{ a = 1 }", "args.a", "table of operators"),
+        ("{ a = { gte = 1 } }", "args.a.gte", "unknown operator"),
+        ("{ a = { gt = '1' } }", "args.a.gt", "a number"),
+        ("{ a = { gt = true } }", "args.a.gt", "a number"),
+        ("{ a = { in = [] } }", "args.a.in", "not empty"),
+        ("{ a = { in = 'x' } }", "args.a.in", "a list"),
+        ("{ a = { in = [['x']] } }", "args.a.in", "compares with"),
+        ("{ a = { eq = ['x'] } }", "args.a.eq", "compares with"),
+        ("{ a = { glob = 1 } }", "args.a.glob", "a text"),
+        ("{ a = { starts_with = '' } }", "args.a.starts_with", "not empty"),
+        ("{ a = { contains = '' } }", "args.a.contains", "not empty"),
+        ("{ a = { exists = 'yes' } }", "args.a.exists", "true or false"),
+        ("{ a = { eq = 1, b = { eq = 1 } } }", "args.a.b", "unknown operator"),
+        ("{ a = { gt = 5, lt = 5 } }", "args.a", "can never be true"),
+        ("{ a = { gt = 5, le = 4 } }", "args.a", "can never be true"),
+        ("{ a = { ge = 5, lt = 5 } }", "args.a", "can never be true"),
+        ("{ a = { eq = 'x', ne = 'x' } }", "args.a", "can never be true"),
+        ("{ a = { in = ['x', 'y'], starts_with = 'z' } }", "args.a", "can never be true"),
+        ("{ a = { eq = 'z', in = ['x', 'y'] } }", "args.a", "can never be true"),
+        ("{ a = { exists = false, eq = 1 } }", "args.a", "can never be true"),
+        ("{ a.b.c = { gt = 2, lt = 1 } }", "args.a.b.c", "can never be true"),
+    ],
+)
+def test_bad_predicates_are_errors(args: str, key: str, words: str) -> None:
+    problem = the_problem(rule(f'tool = {{ names = ["a"], args = {args} }}'))
+    assert problem.key == f"rule[0].tool.{key}"
+    assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "{ a = { ge = 5, le = 5 } }",
+        "{ a = { eq = 'x', in = ['x', 'y'] } }",
+        "{ in = { eq = 1 } }",
+        "{ eq.exists = { exists = true } }",
+        "{ a.b = { gt = 1 }, a.c = { lt = 1 } }",
+    ],
+)
+def test_predicates_that_can_be_true(args: str) -> None:
+    assert loads({"p": rule(f'tool = {{ names = ["a"], args = {args} }}')})
+
+
+def test_rule_ids_are_unique_within_a_file() -> None:
+    again = "".join(
+        f'[[rule]]\nid = "r"\neffect = "{effect}"\ntool = {{ names = ["a"] }}\n'
+        for effect in ("allow", "deny")
+    )
+    problem = the_problem(HEAD + again)
+    assert (problem.line, problem.key) == (8, "rule[1].id")
+    assert "line 3" in problem.message
+
+
+def test_policy_ids_are_unique_among_files() -> None:
+    with pytest.raises(InvalidFile, match=r"b.toml:1: policy.id: 'p' is the id of a.toml too"):
+        loads({"a.toml": HEAD, "b.toml": HEAD})
+
+
+def test_all_problems_of_all_files_come_at_once() -> None:
+    with pytest.raises(InvalidFile) as caught:
+        loads(
+            {
+                "a.toml": rule("network = { hosts = ['*', '10.0.0.1'] }"),
+                "b.toml": "[policy]\n",
+                "c.toml": HEAD,
+            }
+        )
+    assert [(p.file, p.line) for p in caught.value.problems] == [
+        ("a.toml", 6),
+        ("a.toml", 6),
+        ("b.toml", 1),
+    ]
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def written(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_reads_a_folder_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    written(tmp_path, a=HEAD)
+    (tmp_path / "README").write_text("not toml")
+    (tmp_path / ".b.toml").write_text("an editor's own")
+    (tmp_path / "c.toml~").write_text("a backup")
+    assert [f.id for f in load(tmp_path).files] == ["p"]
+
+
+def test_empty_folder_denies_everything(tmp_path: Path) -> None:
+    policy = load(tmp_path)
+    assert policy.revision == ""
+    decision = policy.decide(RUN, connect("a.example:443"), now=0)
+    assert (decision.effect, decision.rule) == (Effect.DENY, "<no-policy>")
+
+
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidFile, match="No such file"):
+        load(tmp_path / "policy.d")
+
+
+def test_one_file_or_a_list_of_files(tmp_path: Path) -> None:
+    written(tmp_path, a=HEAD, b=HEAD.replace("p", "q").replace("qolicy", "policy"))
+    assert len(load(tmp_path / "a.toml").files) == 1
+    assert len(load([tmp_path / "a.toml", tmp_path / "b.toml"]).files) == 2
+
+
+def test_file_writable_by_others_is_refused_and_with_it_the_whole_policy(tmp_path: Path) -> None:
+    written(tmp_path, a=HEAD, b=HEAD.replace('"p"', '"q"'))
+    assert load(tmp_path)
+    (tmp_path / "b.toml").chmod(0o666)
+    with pytest.raises(InvalidFile, match="can be written by its group or by others"):
+        load(tmp_path)
+
+
+def test_dangling_link_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, a=HEAD)
+    (tmp_path / "b.toml").symlink_to("gone.toml")
+    with pytest.raises(InvalidFile, match="dangling link"):
+        load(tmp_path)
+
+
+def test_too_many_files_are_refused(tmp_path: Path) -> None:
+    for n in range(257):
+        (tmp_path / f"{n}.toml").write_text(f'[policy]\nid = "p{n}"\n')
+    with pytest.raises(InvalidFile, match="more than 256 files"):
+        load(tmp_path)
+
+
+def test_too_many_rules_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = "".join(
+        f'[[rule]]\nid = "r{n}"\neffect = "allow"\ntool = {{ names = ["t{n}"] }}\n' for n in range(11)
+    )
+    monkeypatch.setattr(sys.modules["aa.policy.load"], "RULES_LIMIT", 10)
+    with pytest.raises(InvalidFile, match="11 rules, more than 10"):
+        loads({"p.toml": HEAD + rules})
+    monkeypatch.setattr(sys.modules["aa.policy.load"], "RULES_LIMIT", 11)
+    assert len(loads({"p.toml": HEAD + rules}).rules) == 11
+
+
+# -- revision ----------------------------------------------------------------------------------
+
+
+def test_revision_is_of_the_content_and_not_of_names_or_order(tmp_path: Path) -> None:
+    one, two = HEAD, '[policy]\nid = "q"\nrevision = "r7"\n'
+    revision = loads({"a": one, "b": two}).revision
+    assert revision == loads({"x": two, "y": one}).revision
+    assert revision != loads({"a": one, "b": two + "# more\n"}).revision
+    assert revision.endswith(":q@r7")
+
+
+def test_revision_stays_short() -> None:
+    files = {f"f{n}": f'[policy]\nid = "{"x" * 50}{n}"\nrevision = {n}\n' for n in range(50)}
+    assert len(loads(files).revision) <= 120
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+words = st.sampled_from(
+    ["[policy]", 'id = "p"', "[[rule]]", 'effect = "allow"', "network = {", "hosts = [", '"a.b"', "]", "}"]
+    + ["tool = {", "names = [", '"x*"', "args = {", "a = {", "gt = 1", "\n", ",", '"\\u0000"', "[sandbox]"]
+    + ['writable = ["."]', "ports = [443]", 'cidrs = ["10.0.0.0/8"]', "default = {", "[[limit]]", "#"]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.text(max_size=80), st.lists(words, max_size=25).map(" ".join)))
+def test_any_text_is_a_policy_or_refused_and_never_crashes(text: str) -> None:
+    try:
+        policy = loads({"p.toml": text})
+    except InvalidFile as e:
+        assert e.problems
+        return
+    policy.decide(RUN, connect("a.b:443"), now=0)
+
+
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(list(Kind)), st.text(max_size=30), st.dictionaries(
+    st.sampled_from(["host", "port", "addresses", "protocol", "args", "access", "answered"]), values
+))  # fmt: skip
+def test_any_action_gets_an_answer_and_never_a_crash(
+    kind: Kind, target: str, attributes: dict[str, Any]
+) -> None:
+    policy = loads({"p.toml": rule('network = { hosts = ["**"] }')})
+    action = Action(kind, target, attributes)
+    decision = policy.decide(RUN, action, now=0)
+    assert policy.explain(RUN, action, now=0).decision == decision
+    assert decision.reason.isprintable()
+    assert len(decision.reason) < 1000
