@@ -174,13 +174,16 @@ def overridden(config: Config, environment: Mapping[str, str]) -> Config:
     """
     listen = environment.get("AA_LISTEN")
     if listen:
-        address, _, port = listen.rpartition(":")
-        data = {"explicit_address": address, "explicit_port": int(port) if port.isdecimal() else 0}
+        address, _, text = listen.rpartition(":")
+        port = int(text) if text.isdecimal() else 0
+        data = {"explicit_address": address, "explicit_port": port}
         document = Document("the unit's environment, AA_LISTEN", {"listen": data}, "", {})
         problems = [*validate(document, schema("config")), *_config_problems(document)]
         if problems:
             raise InvalidFile(problems)
-        config = replace(config, listen=replace(config.listen, **data))
+        config = replace(
+            config, listen=replace(config.listen, explicit_address=address, explicit_port=port)
+        )
     if environment.get("AA_GATEWAY"):
         gateway = replace(config.gateway, socket=Path(environment["AA_GATEWAY"]))
         config = replace(config, gateway=gateway)

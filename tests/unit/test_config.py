@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from aa import paths
-from aa.config import Agent, Config, Launch, Permission, folder_problem, load
+from aa.config import (
+    Agent,
+    Config,
+    Launch,
+    Permission,
+    folder_problem,
+    load,
+    overridden,
+)
 from aa.model import AGENT_LAYERS, Layer
 from aa.tomlfile import InvalidFile, Problem
 
@@ -259,3 +267,20 @@ def test_folders_that_may_be_writable(folder: str) -> None:
 )
 def test_folders_that_may_not_be_writable(folder: str) -> None:
     assert folder_problem(folder) is not None
+
+
+def test_a_drop_in_moves_the_explicit_proxy_and_the_gateways_socket() -> None:
+    moved = overridden(
+        Config(), {"AA_LISTEN": "127.0.0.1:3128", "AA_GATEWAY": "/run/other/enforce"}
+    )
+    assert (moved.listen.explicit_address, moved.listen.explicit_port) == ("127.0.0.1", 3128)
+    assert moved.gateway.socket == Path("/run/other/enforce")
+    assert overridden(Config(), {}) == Config()
+
+
+@pytest.mark.parametrize(
+    "listen", ["10.0.0.1:3128", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:8898", ":1"]
+)
+def test_a_drop_in_cannot_say_what_the_file_cannot(listen: str) -> None:
+    with pytest.raises(InvalidFile, match="AA_LISTEN"):
+        overridden(Config(), {"AA_LISTEN": listen})
