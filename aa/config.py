@@ -177,7 +177,7 @@ def overridden(config: Config, environment: Mapping[str, str]) -> Config:
         address, _, text = listen.rpartition(":")
         port = int(text) if text.isdecimal() else 0
         data = {"explicit_address": address, "explicit_port": port}
-        document = Document("the unit's environment, AA_LISTEN", {"listen": data}, "", {})
+        document = Document("the unit's environment, AA_LISTEN", {"listen": data}, "", "")
         problems = [*validate(document, schema("config")), *_config_problems(document)]
         if problems:
             raise InvalidFile(problems)
