@@ -291,6 +291,10 @@ class Loader:
         """Loads all programs of an object that the kernel takes: all at once, or else each is tried."""
         wanted = frozenset(p.name for p in PROGRAMS if p.object == name)
         try:
+            with BpfObject(self._objects / name) as bpf:
+                missing = wanted - bpf.programs().keys()
+            self.refused |= dict.fromkeys(missing, f"is not in {name}")
+            wanted -= missing
             self._load_programs(name, wanted, generation)
             return
         except BpfError as e:

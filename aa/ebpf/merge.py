@@ -98,15 +98,15 @@ class Hold(Generic[T]):
         return ready
 
 
-class RecentRuns:
+class RecentRuns(Generic[T]):
     """Runs that have ended, by cgroup id: their last events come after their end."""
 
     def __init__(self, *, seconds: float = RECENT_SECONDS, limit: int = MAX_RECENT) -> None:
         self._seconds = seconds
         self._limit = limit
-        self._runs: OrderedDict[int, tuple[float, str]] = OrderedDict()
+        self._runs: OrderedDict[int, tuple[float, T]] = OrderedDict()
 
-    def add(self, cgroup: int, run: str, now: float) -> None:
+    def add(self, cgroup: int, run: T, now: float) -> None:
         self._runs[cgroup] = (now + self._seconds, run)
         self._runs.move_to_end(cgroup)
         while len(self._runs) > self._limit or next(iter(self._runs.values()))[0] <= now:
@@ -114,6 +114,6 @@ class RecentRuns:
             if not self._runs:
                 return
 
-    def get(self, cgroup: int) -> str | None:
+    def get(self, cgroup: int) -> T | None:
         found = self._runs.get(cgroup)
         return found[1] if found else None

@@ -92,7 +92,7 @@ class KernelLayer:
         self._waiting = asyncio.Event()
         """Set while an event waits to be merged or named."""
         self._hold: Hold[tuple[Event, int]] = Hold()
-        self._recent = RecentRuns()
+        self._recent: RecentRuns[Run] = RecentRuns()
         self._programs: OrderedDict[int, str] = OrderedDict()
         self._missed = 0
         self._lost = 0
@@ -194,21 +194,30 @@ class KernelLayer:
     def _name(self, event: Event, count: int, now: float) -> None:
         """Merges an event whose run is known; the others wait for the run table."""
         self._waiting.set()
-        if event.head.cgroup == 0 or self._known(event.head.cgroup):
-            self._merge(event, count, now)
+        cgroup_id = event.head.cgroup
+        if cgroup_id and self._run_of(cgroup_id) is None:
+            overflow = self._hold.add(cgroup_id, (event, count), now)
+            if overflow is not None:
+                self._merge(*overflow, now)
             return
-        overflow = self._hold.add(event.head.cgroup, (event, count), now)
-        if overflow is not None:
-            self._merge(*overflow, now)
+        if len(self._hold):
+            self._release(now)  # what the same run did earlier comes first
+        self._merge(event, count, now)
 
-    def _known(self, cgroup_id: int) -> bool:
-        return self._run_of(cgroup_id) != UNKNOWN_RUN
+    def _release(self, now: float) -> None:
+        for event, count in self._hold.ready(lambda c: self._run_of(c) is not None, now):
+            self._merge(event, count, now)
 
-    def _run_of(self, cgroup_id: int) -> str:
-        run = self.runs.by_cgroup(cgroup_id)
-        return run.id if run else self._recent.get(cgroup_id) or UNKNOWN_RUN
+    def _run_of(self, cgroup_id: int) -> Run | None:
+        return self.runs.by_cgroup(cgroup_id) or self._recent.get(cgroup_id)
 
     def _merge(self, event: Event, count: int, now: float) -> None:
+        run = self._run_of(event.head.cgroup)
+        refused = isinstance(event, Net) and event.refused
+        if run is not None and Layer.KERNEL not in run.layers and not refused:
+            # Guarded as every proxied run is, but not to be observed.
+            self._account(self._ledger.dismiss, event, count)
+            return
         key = equal_key(event, self._program(event))
         full = self._merger.add(key, event, count, now)
         if full is not None:
@@ -216,10 +225,11 @@ class KernelLayer:
 
     def _report(self, merged: Merged[Event]) -> None:
         event = merged.first
+        run = self._run_of(event.head.cgroup)
         self.reporter.report(
             to_report(
                 merged,
-                run=self._run_of(event.head.cgroup),
+                run=run.id if run else UNKNOWN_RUN,
                 program=self._program(event),
                 boot=self._boot,
             )
@@ -235,8 +245,7 @@ class KernelLayer:
         book(events.kind_of(event), **{column: count})
 
     def _flush(self, now: float) -> None:
-        for event, count in self._hold.ready(self._known, now):
-            self._merge(event, count, now if now != float("inf") else 0.0)
+        self._release(now)
         for merged in self._merger.due(now):
             self._report(merged)
 
@@ -404,7 +413,7 @@ class KernelLayer:
 
     async def _on_run(self, run: Run) -> None:
         if run.state is RunState.ENDED:
-            self._recent.add(run.cgroup_id, run.id, time.monotonic())
+            self._recent.add(run.cgroup_id, run, time.monotonic())
         elif run.state is RunState.STARTING and Layer.KERNEL in run.layers:
             await self._confirm(run)
 

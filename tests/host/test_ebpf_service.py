@@ -132,6 +132,34 @@ def test_says_nothing_of_a_run_without_the_kernel_layer(world: World, gateway: G
         assert "p" not in gateway.confirmed
 
 
+def test_a_run_without_the_kernel_layer_is_guarded_and_not_observed(
+    world: World, gateway: Gateway
+) -> None:
+    with service(world, gateway):
+        cgroup = world.run_dir(world.proxied, "aa-agent-p.service")
+        gateway.starting("p", str(cgroup.relative_to(world.root)), ids(cgroup), (Layer.PROXY,))
+        time.sleep(0.3)
+        world.do(cgroup, "/bin/echo", "unobserved")
+        world.python(cgroup, "attempt(udp, sys.argv[1], 8862)", SERVER4)
+        refused = found(gateway, lambda r: r.target == f"{SERVER4}:8862")
+        assert refused is not None and refused.run == "p" and refused.effect is Effect.DENY
+        time.sleep(1.0)
+        assert {r.type for r in gateway.reports if r.run == "p"} == {RecordType.REFUSAL}
+
+
+def test_what_a_run_did_before_it_was_known_comes_first(world: World, gateway: Gateway) -> None:
+    with service(world, gateway):
+        cgroup = world.run_dir(world.local, "aa-agent-o.service")
+        world.do(cgroup, "/bin/echo", "before")
+        gateway.starting("o", str(cgroup.relative_to(world.root)), ids(cgroup))
+        assert eventually(lambda: "o" in gateway.confirmed)
+        world.do(cgroup, "/bin/echo", "after")
+        assert found(gateway, lambda r: "after" in r.attributes.get("argv", ()))
+        told = [r.attributes["argv"][-1] for r in gateway.reports
+                if r.kind is Kind.EXEC and r.target == "/bin/echo"]
+        assert told == ["before", "after"]
+
+
 def test_reports_exec_exit_and_connect_with_the_run(world: World, gateway: Gateway) -> None:
     with service(world, gateway):
         run = begin(world, gateway, world.local)

@@ -66,7 +66,7 @@ def test_a_full_hold_lets_go_of_its_oldest() -> None:
 
 
 def test_ended_runs_are_remembered_for_a_while_and_not_too_many() -> None:
-    recent = RecentRuns(seconds=10.0, limit=2)
+    recent: RecentRuns[str] = RecentRuns(seconds=10.0, limit=2)
     recent.add(1, "r1", 0.0)
     recent.add(2, "r2", 1.0)
     recent.add(3, "r3", 2.0)
