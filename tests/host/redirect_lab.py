@@ -233,7 +233,7 @@ while True:
             print(json.dumps({"peer": peer[:2], "data": data.decode()}), flush=True)
             continue
         c, peer = s.accept()
-        c.settimeout(2)
+        c.settimeout(15)
         try:
             original = c.getsockopt(level, option, size).hex()
         except OSError:
@@ -269,7 +269,7 @@ class Listener:
         return list(self._lines)
 
 
-def wait_for(condition: Any, seconds: float = 5.0) -> bool:
+def wait_for(condition: Any, seconds: float = 15.0) -> bool:
     deadline = time.monotonic() + seconds
     while not (met := bool(condition())) and time.monotonic() < deadline:
         time.sleep(0.02)

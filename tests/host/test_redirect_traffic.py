@@ -422,7 +422,7 @@ s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)
 print("connected", flush=True)
 sys.stdin.readline()
 try:
-    s.settimeout(2)
+    s.settimeout(5)
     s.sendall(b"late")
     print(s.recv(100).decode() or "closed", flush=True)
 except OSError as e:

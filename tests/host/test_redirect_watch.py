@@ -367,7 +367,7 @@ def test_a_reader_that_is_there_already_does_not_stop_enforcement(nft_host: Host
     assert wait_for(lambda: nft_host.gateway.of_type("gap"), 15.0)
     assert nft_host.gateway.of_type("gap")[0]["count"] == 3
     holder.kill()
-    assert wait_for(lambda: nft_host.gateway.status["state"] == "ok", 5.0)
+    assert wait_for(lambda: nft_host.gateway.status["state"] == "ok")
     nft_host.udp(PEER6, governed=True)
     assert wait_for(lambda: nft_host.gateway.refusals())
 
