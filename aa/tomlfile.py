@@ -21,9 +21,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema
+from aa import fits
+
+if TYPE_CHECKING:
+    import jsonschema
 
 Json = Any
 KeyPath = tuple[str | int, ...]
@@ -73,7 +76,7 @@ class InvalidFile(ValueError):
         super().__init__("\n".join(str(p) for p in self.problems))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Document:
     """A file that was read: its values and where each of them stands."""
 
@@ -81,7 +84,12 @@ class Document:
     data: Mapping[str, Json]
     digest: str
     """SHA-256 of the file's bytes, in hex."""
-    lines: Mapping[KeyPath, int] = field(repr=False)
+    text: str = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def lines(self) -> Mapping[KeyPath, int]:
+        """The line of every key and list element; looked for when first needed."""
+        return _Locator(self.text).lines()
 
     def line(self, path: Sequence[str | int]) -> int:
         """The line of a key, or of the nearest table around it."""
@@ -154,11 +162,10 @@ def parse(content: bytes | str, *, file: str) -> Document:
         raise InvalidFile([Problem(file, 1, "", "is nested too deeply", "flatten it")]) from e
     except ValueError as e:
         raise InvalidFile([_syntax(file, text, str(e))]) from e
-    lines = _Locator(text).lines() if _depth_within(data, DEPTH_LIMIT) else None
-    if lines is None:
+    if not _depth_within(data, DEPTH_LIMIT):
         message = f"is nested more than {DEPTH_LIMIT} levels deep"
         raise InvalidFile([Problem(file, 1, "", message, "flatten it")])
-    document = Document(file, data, hashlib.sha256(raw).hexdigest(), lines)
+    document = Document(file, data, hashlib.sha256(raw).hexdigest(), text)
     odd = list(_odd_numbers(document))
     if odd:
         raise InvalidFile(odd[:PROBLEM_LIMIT])
@@ -171,11 +178,16 @@ def validate(document: Document, schema: Mapping[str, Json]) -> list[Problem]:
     Annotations of ours in a schema: `x-not-built` (what is not there yet, in words),
     `x-not-built-values` (the same for values) and `x-says` (what a `pattern` means).
     """
+    text = json.dumps(schema)
+    if _fits(text)(document.data):
+        return []
     found: list[Problem] = []
-    for error in _validator(json.dumps(schema)).iter_errors(dict(document.data)):
+    for error in _validator(text).iter_errors(dict(document.data)):
         found.extend(_problems_of(document, error))
         if len(found) > 4 * PROBLEM_LIMIT:
             break
+    if not found:  # the two disagree: what one of them refuses is refused
+        found.append(document.problem((), "does not fit its schema", "compare it with the docs"))
     unique = sorted(dict.fromkeys(found), key=lambda p: (p.line, p.key, p.message))
     if len(unique) > PROBLEM_LIMIT:
         rest = Problem(document.file, 1, "", f"more than {PROBLEM_LIMIT} problems in this file")
@@ -438,7 +450,14 @@ _TYPE_WORDS = {
 
 
 @functools.lru_cache(maxsize=8)
+def _fits(schema_text: str) -> fits.Fits:
+    return fits.compiled(json.loads(schema_text))
+
+
+@functools.lru_cache(maxsize=8)
 def _validator(schema_text: str) -> jsonschema.protocols.Validator:
+    import jsonschema
+
     base = jsonschema.Draft202012Validator
     # JSON Schema takes 443.0 for an integer; a reader of the file would not.
     types = base.TYPE_CHECKER.redefine(
@@ -452,9 +471,9 @@ def _validator(schema_text: str) -> jsonschema.protocols.Validator:
 def _pattern(
     _validator: Json, pattern: str, instance: Json, _schema: Json
 ) -> Iterator[jsonschema.ValidationError]:
-    # Python's "$" also matches before a last newline; the "$" of JSON Schema does not.
-    strict = pattern[:-1] + r"\Z" if pattern.endswith("$") else pattern
-    if isinstance(instance, str) and not re.search(strict, instance):
+    import jsonschema
+
+    if isinstance(instance, str) and not fits.strict_pattern(pattern).search(instance):
         yield jsonschema.ValidationError(f"does not match {pattern}")
 
 

@@ -185,7 +185,7 @@ def _contains(operator: str, operand: Json) -> Test:
 def _exists(operator: str, operand: Json) -> Test:
     if not isinstance(operand, bool):
         raise ValueError(f"{operator} is true or false")
-    return lambda _value: operand
+    return lambda _value: None  # `Predicate.holds` looks for the argument itself
 
 
 _BUILDERS: Mapping[str, Callable[[str, Json], Test]] = {

@@ -96,7 +96,7 @@ def _openings(f: PolicyFile, rule: Rule, n: NetworkMatcher) -> Iterator[Finding]
 def _of_defaults(f: PolicyFile) -> Iterator[Finding]:
     def finding(section: Section, message: str, fix: str) -> Finding:
         key = f"policy.default.{section.value}"
-        return Finding("warning", f.path, f.lines.get(section, 1), key, message, fix)
+        return Finding("warning", f.path, f.line(section), key, message, fix)
 
     if f.mode is Mode.OBSERVE:
         return
@@ -124,7 +124,7 @@ def _overruled_defaults(files: Sequence[PolicyFile]) -> Iterator[Finding]:
                 yield Finding(
                     "advice",
                     f.path,
-                    f.lines.get(section, 1),
+                    f.line(section),
                     f"policy.default.{section.value}",
                     f"has no effect for runs that {others} applies to as well: it does not state "
                     "one, which means deny",

@@ -688,5 +688,5 @@ def _default_steps(view: View, section: Section, decision: Decision) -> Iterable
             why += " (observe)"
         used = decision.rule == "<default>"
         yield Step(
-            f"{f.id}/<default>", f.default(section), used, why, f.path, f.lines.get(section, 1)
+            f"{f.id}/<default>", f.default(section), used, why, f.path, f.line(section)
         )

@@ -156,8 +156,7 @@ def _file(document: Document, number: int) -> PolicyFile:
         defaults=defaults,
         rules=rules,
         writable=writable,
-        digest=document.digest,
-        lines={section: document.line(("policy", "default", section)) for section in defaults},
+        document=document,
     )
 
 
@@ -173,14 +172,14 @@ def _writable(document: Document, problems: list[Problem]) -> tuple[str, ...] | 
 def _rules(
     document: Document, policy: str, number: int, problems: list[Problem]
 ) -> Iterator[Rule]:
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     for index, written in enumerate(document.data.get("rule", ())):
         path: KeyPath = ("rule", index)
         if written["id"] in seen:
-            message = f"{written['id']!r} is the id of the rule in line {seen[written['id']]} too"
+            message = f"{written['id']!r} is the id of a rule before it too"
             problems.append(document.problem((*path, "id"), message, "give it another"))
-        seen[written["id"]] = document.line(path)
-        mark = _Mark(document, path, problems)
+        seen.add(written["id"])
+        mark = _Mark(document, index, problems)
         before = len(problems)
         rule = _rule(mark, policy, number, written)
         if rule is not None and len(problems) == before:
@@ -190,18 +189,14 @@ def _rules(
 class _Mark:
     """Where in a document a rule stands, and where its problems go."""
 
-    def __init__(self, document: Document, path: KeyPath, problems: list[Problem]) -> None:
-        self._document = document
-        self._path = path
+    def __init__(self, document: Document, number: int, problems: list[Problem]) -> None:
+        self.document = document
+        self.number = number
         self._problems = problems
 
     def problem(self, path: Sequence[str | int], message: str, fix: str = "") -> None:
-        whole = (*self._path, *path)
-        self._problems.append(self._document.problem(whole, message, fix))
-
-    @property
-    def line(self) -> int:
-        return self._document.line(self._path)
+        whole: KeyPath = ("rule", self.number, *path)
+        self._problems.append(self.document.problem(whole, message, fix))
 
 
 def _rule(mark: _Mark, policy: str, number: int, written: Mapping[str, Json]) -> Rule | None:
@@ -226,8 +221,8 @@ def _rule(mark: _Mark, policy: str, number: int, written: Mapping[str, Json]) ->
         tool=tool,
         file=number,
         bit=1 << number,
-        line=mark.line,
-        written={matchers[0]: written[matchers[0]]},
+        document=mark.document,
+        number=mark.number,
     )
 
 

@@ -16,6 +16,7 @@ from aa.model import Effect, Mode, Run
 from aa.policy.address import Place, Range
 from aa.policy.arguments import Predicate
 from aa.policy.pattern import HostPattern, Matcher
+from aa.tomlfile import Document
 
 Json = Any
 
@@ -206,9 +207,19 @@ class Rule:
     tool: ToolMatcher | None
     file: int  # index into the policy's files
     bit: int  # 1 << file
-    line: int
-    written: Mapping[str, Json] = field(repr=False, compare=False)
-    """The matcher as the file has it."""
+    document: Document = field(repr=False, compare=False)
+    number: int
+    """The how manieth rule of its document this is, from 0."""
+
+    @property
+    def line(self) -> int:
+        return self.document.line(("rule", self.number))
+
+    @property
+    def written(self) -> Mapping[str, Json]:
+        """The matcher as the file has it."""
+        rule: Mapping[str, Json] = self.document.data["rule"][self.number]
+        return {self.section.value: rule[self.section.value]}
 
     def as_json(self) -> dict[str, Json]:
         return {
@@ -258,9 +269,15 @@ class PolicyFile:
     rules: tuple[Rule, ...]
     writable: tuple[str, ...] | None
     """`[sandbox] writable`, None if the file does not state it."""
-    digest: str
-    lines: Mapping[Section, int] = field(repr=False, compare=False)
-    """Where each stated default stands."""
+    document: Document = field(repr=False, compare=False)
+
+    @property
+    def digest(self) -> str:
+        return self.document.digest
+
+    def line(self, section: Section) -> int:
+        """Where the default of a section stands, or the policy that does not state it."""
+        return self.document.line(("policy", "default", section.value))
 
     def default(self, section: Section) -> str:
         return self.defaults.get(section, UNSTATED[section])
