@@ -87,9 +87,7 @@ class Gateway:
         for attempt in range(1, ATTEMPTS + 1):
             client = await self._connected()
             try:
-                return await client.call(method, parameters, timeout=self._seconds)
-            except TimeoutError:
-                raise
+                return await client.call(method, parameters, timeout=None)
             except (OSError, ProtocolError):
                 if attempt == ATTEMPTS:
                     raise

@@ -346,7 +346,9 @@ class Connection:
         addresses = known
         if destination.host is not None and not resolved:
             addresses = await self._resolve_if_allowed(destination, known)
-        await self._decide(destination, addresses)
+        decision = await self._decide(destination, addresses)
+        if decision.mode is Mode.OBSERVE:
+            addresses = known  # where it would have gone without us
         await self._pass(finding, sniffer, destination, addresses)
 
     def _remembered(self, destination: Destination) -> Destination:
@@ -467,10 +469,18 @@ class Connection:
     async def _resolve_if_allowed(
         self, destination: Destination, known: tuple[Address, ...]
     ) -> tuple[Address, ...]:
-        """The first of the two steps: a name that is denied is not resolved."""
+        """The first of the two steps: a name that is denied is not resolved.
+
+        It has nothing to keep back where resolving would ask nobody; then the second
+        step, which has the record, decides name and addresses at once.
+        """
+        if self._shared.modes.enforced(self.run):
+            addresses = self._shared.resolver.known(str(destination.host))
+            if addresses:
+                return addresses
         first = await self._decide(destination, None, provisional=True)
         if first.mode is Mode.OBSERVE:
-            return known  # what is only observed goes where it would have gone without us
+            return known
         return await self._resolve(destination)
 
     async def _resolve(self, destination: Destination) -> tuple[Address, ...]:

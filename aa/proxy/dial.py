@@ -75,19 +75,24 @@ class Resolver:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def resolve(self, name: str, *, run: str = "") -> tuple[Address, ...]:
-        """At least one address and at most `ADDRESSES_LIMIT`. Raises `UpstreamFailed`."""
+    def known(self, name: str) -> tuple[Address, ...]:
+        """The addresses that are known here, so that nobody would be asked; () when none are."""
         listed = self._names.addresses(name)
         if listed:
             return _unique(listed)
-        now = asyncio.get_running_loop().time()
-        known = self._answers.get(name)
-        if known is not None and known[0] > now:
-            return known[1]
+        until, addresses = self._answers.get(name, (0.0, ()))
+        return addresses if until > asyncio.get_running_loop().time() else ()
+
+    async def resolve(self, name: str, *, run: str = "") -> tuple[Address, ...]:
+        """At least one address and at most `ADDRESSES_LIMIT`. Raises `UpstreamFailed`."""
+        known = self.known(name)
+        if known:
+            return known
         addresses = _unique(address_of(text) for text in await self._ask(name, run))
         if not addresses:
             raise UpstreamFailed(f"{name} has no address", error="dns_error")
-        self._answers[name] = (now + RESOLVED_FOR_SECONDS, addresses)
+        until = asyncio.get_running_loop().time() + RESOLVED_FOR_SECONDS
+        self._answers[name] = (until, addresses)
         self._answers.move_to_end(name)
         if len(self._answers) > CACHE_LIMIT:
             self._answers.popitem(last=False)

@@ -104,17 +104,36 @@ def test_python_sees_the_alert_too(w: World) -> None:
 
 
 def test_decides_in_two_steps_with_every_address_in_the_second(w: World) -> None:
-    w.gateway.rules["allowed.test"] = decision()
-    w.curl("https://allowed.test/")
+    w.gateway.rules["far.test"] = decision()
+    w.peer.zone = {("far.test", "A"): [PEER4], ("far.test", "AAAA"): [PEER6]}
+    w.curl("-k", "https://far.test/")
     first, second = w.gateway.connects()
     assert (first["final"], second["final"]) == (False, True)
     assert first["run"] == second["run"] == RUN
-    assert first["action"]["target"] == second["action"]["target"] == "allowed.test:443"
+    assert first["action"]["target"] == second["action"]["target"] == "far.test:443"
     assert "addresses" not in first["action"]["attributes"]
     attributes = second["action"]["attributes"]
-    assert attributes["addresses"] == [PEER4, PEER6]
-    assert (attributes["host"], attributes["port"]) == ("allowed.test", 443)
+    assert sorted(attributes["addresses"]) == [PEER4, PEER6]
+    assert (attributes["host"], attributes["port"]) == ("far.test", 443)
     assert (attributes["protocol"], attributes["uid"]) == ("tls", 0)
+
+
+def test_a_name_that_is_known_here_is_decided_once_with_its_addresses(w: World) -> None:
+    """Nobody would be asked for it, so the first step has nothing to keep back."""
+    w.gateway.rules["allowed.test"] = decision()
+    w.curl("https://allowed.test/")
+    w.gateway.asked.clear()
+    w.curl("https://allowed.test/")
+    (only,) = w.gateway.connects()
+    assert only["final"] and only["action"]["attributes"]["addresses"] == [PEER4, PEER6]
+
+
+def test_a_denied_name_that_only_a_resolver_knows_is_never_resolved(w: World) -> None:
+    w.gateway.rules["allowed.test"] = decision()
+    w.curl("https://allowed.test/")
+    w.curl("--resolve", f"elsewhere.test:443:{PEER4}", "https://elsewhere.test/")
+    assert w.gateway.connects()[-1]["action"]["attributes"].get("addresses") is None
+    assert w.peer.queries == []
 
 
 def test_a_denied_address_of_an_allowed_name_denies(w: World) -> None:
@@ -537,9 +556,11 @@ def test_one_source_port_towards_two_destinations_is_one_run(w: World, address: 
 
 def test_an_observed_run_passes_and_goes_where_it_would_have_gone(w: World) -> None:
     w.gateway.rules["denied.test"] = observed()
-    done = w.curl("--resolve", f"denied.test:443:{PEER4}", "https://denied.test/")
-    assert done.returncode == 0, done.stderr
-    assert w.gateway.connects(final=True)[0]["action"]["attributes"]["addresses"] == [PEER4]
+    for _ in range(2):  # a run that was enforced a moment ago, and then as an observed one
+        done = w.curl("--resolve", f"denied.test:443:{PEER6}", "https://denied.test/")
+        assert done.returncode == 0, done.stderr
+    assert [r["attributes"]["upstream"] for r in w.gateway.reported("observed", 2)] == [PEER6] * 2
+    assert w.gateway.connects(final=True)[1]["action"]["attributes"]["addresses"] == [PEER6]
 
 
 def test_an_observed_run_may_break_the_rules_of_a_protocol(w: World) -> None:
