@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 s.sendto(bytes.fromhex('0800f7ff00000000'), (sys.argv[1], 0))
 """
 OWNER = """
-import time
 from tests.lab.harness import Container
 box = Container(NAME)
 box.up()
@@ -164,8 +162,6 @@ def test_dies_with_its_owner_and_is_swept_later() -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     eventually(lambda: not Path(f"/proc/{leader}").exists(), what="the container is dead")
-    assert (STATE / f"aa-lab-{name}").exists()
-    deadline = time.monotonic() + 10
-    assert f"aa-lab-{name}" in sweep() and time.monotonic() < deadline
+    sweep()  # or another lab that began meanwhile
     assert not (STATE / f"aa-lab-{name}").exists()
     assert machine_state() == before

@@ -417,7 +417,10 @@ def sweep() -> list[str]:
     """Destroys the labs whose owner is gone; returns their names. Labs that are kept on purpose stay."""
     swept = []
     for owner in sorted(STATE.glob("aa-lab-*/owner")):
-        written = owner.read_text()
+        try:
+            written = owner.read_text()
+        except FileNotFoundError:
+            continue  # swept by somebody else
         if written and written != _owner(int(written.split()[0])):
             destroy(owner.parent.name)
             swept.append(owner.parent.name)
