@@ -381,8 +381,16 @@ def _is_text(text: str) -> bool:
     return True
 
 
+def open_streams() -> None:
+    """A stream that is closed becomes /dev/null, or the next descriptor would take its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+
+
 def run_agent(agent: str | None, user: str | None, argv: list[str]) -> int:
     """Starts a run and returns its exit code. Raises `Failure` when there was none."""
+    open_streams()
     terminal = Terminal() if any(os.isatty(fd) for fd in range(3)) else None
     streams = terminal.streams if terminal is not None else [0, 1, 2]
     try:

@@ -12,10 +12,11 @@ import pwd
 import signal
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from aa.launch import outside
 from aa.launch.sandbox import Directory, state_folder
 
 LOOK_SECONDS = 5.0
@@ -40,16 +41,21 @@ class Found:
     reason: str
     """Why not."""
     folders: tuple[Directory, ...]
+    covered: tuple[str, ...]
+    """Sockets and terminals of others that the user could open."""
     notes: tuple[str, ...]
-    """About state folders that are not as declared."""
+    """What is not as a person would expect."""
 
 
-async def look(user: pwd.struct_passwd, directory: str, declared: Sequence[str]) -> Found:
-    """Resolves the working directory and makes what is missing of the declared state folders."""
+async def look(
+    user: pwd.struct_passwd, directory: str, declared: Sequence[str], *, terminal: int = 0
+) -> Found:
+    """Resolves the working directory, makes what is missing of the declared state folders, and finds
+    what others offer. `terminal` is the device number of the run's own."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     pid = os.fork()
     if pid == 0:
-        _child(user, theirs, directory, declared)
+        _child(user, theirs, lambda: _look(user.pw_dir, directory, declared, terminal))
     theirs.close()
     try:
         ours.setblocking(False)
@@ -68,6 +74,7 @@ async def look(user: pwd.struct_passwd, directory: str, declared: Sequence[str])
         directory=Directory(*told["directory"]) if told["directory"] else None,
         reason=told["reason"],
         folders=tuple(Directory(*f) for f in told["folders"]),
+        covered=tuple(told["covered"]),
         notes=tuple(told["notes"]),
     )
 
@@ -91,7 +98,7 @@ async def _reap(pid: int) -> None:
 
 
 def _child(
-    user: pwd.struct_passwd, reply: socket.socket, directory: str, declared: Sequence[str]
+    user: pwd.struct_passwd, reply: socket.socket, look: Callable[[], dict[str, Any]]
 ) -> NoReturn:
     """Becomes the user, looks, answers and ends. Nothing of the parent may run on in here."""
     try:
@@ -102,13 +109,13 @@ def _child(
         os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
         os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
         os.umask(0o077)
-        reply.sendall(json.dumps(_look(user.pw_dir, directory, declared)).encode())
+        reply.sendall(json.dumps(look()).encode())
         os._exit(0)
     finally:
         os._exit(1)
 
 
-def _look(home: str, directory: str, declared: Sequence[str]) -> dict[str, Any]:
+def _look(home: str, directory: str, declared: Sequence[str], terminal: int) -> dict[str, Any]:
     real_home = os.path.realpath(home)
     folders: list[tuple[str, int, int]] = []
     notes: list[str] = []
@@ -129,11 +136,20 @@ def _look(home: str, directory: str, declared: Sequence[str]) -> dict[str, Any]:
         found = (directory, status.st_dev, status.st_ino)
     except OSError as e:
         reason = e.strerror or str(e)
+    try:
+        sockets = outside.read_socket_paths(real_home)
+    except OSError as e:
+        sockets = []
+        notes.append(f"sockets of other programs stay within reach: {e}")
+    covered, more = outside.reachable(sockets, terminal)
+    if more:
+        notes.append(f"{more} sockets or terminals of other programs stay within reach")
     return {
         "home": real_home,
         "directory": found,
         "reason": reason,
         "folders": folders,
+        "covered": covered,
         "notes": notes,
     }
 

@@ -109,6 +109,8 @@ class Sandbox:
     place: Place
     folders: tuple[Directory, ...] = ()
     """Declared state folders, writable."""
+    covered: tuple[str, ...] = ()
+    """Sockets and terminals of programs outside of the run."""
     umask: int = 0o022
     resolver: str = ""
     """What /etc/resolv.conf is a link to, when that is in a hidden place."""
@@ -246,7 +248,7 @@ def _file_system(
         ),
         ("BindPaths", [(path, path, False, MS_REC) for path in bound]),
         ("BindReadOnlyPaths", [(source, target, False, MS_REC) for source, target in shown]),
-        ("InaccessiblePaths", [f"-{path}" for path in INACCESSIBLE]),
+        ("InaccessiblePaths", [f"-{path}" for path in (*INACCESSIBLE, *sandbox.covered)]),
     ]
 
 

@@ -248,7 +248,7 @@ class Launcher:
             raise request.BadRequest("none of the streams is a terminal")
         passed = environment.parse(parameters["environment"])
         directory = streams.directory_of(fds[parameters["directory"]])
-        box, home, notes = await self._sandbox(peer, asked, directory)
+        box, home, notes = await self._sandbox(peer, asked, directory, terminal)
         if terminal is not None:
             streams.give_terminal(terminal, owner=peer.uid, to=asked.user.pw_uid)
 
@@ -266,12 +266,21 @@ class Launcher:
         return live, notes
 
     async def _sandbox(
-        self, peer: Peer, asked: request.Request, directory: sandbox.Directory
+        self,
+        peer: Peer,
+        asked: request.Request,
+        directory: sandbox.Directory,
+        terminal: int | None,
     ) -> tuple[sandbox.Sandbox, str, list[str]]:
         """What the run may write; the user's real home; what a person should know about both."""
         name = asked.user.pw_name
         try:
-            found = await folders.look(asked.user, directory.path, asked.agent.state)
+            found = await folders.look(
+                asked.user,
+                directory.path,
+                asked.agent.state,
+                terminal=0 if terminal is None else os.fstat(terminal).st_rdev,
+            )
         except folders.CannotLook as e:
             raise NotStarted("launch", str(e)) from e
         if found.directory is None:
@@ -289,6 +298,7 @@ class Launcher:
             directory=directory,
             place=place,
             folders=found.folders,
+            covered=found.covered,
             umask=streams.umask_of(peer.pid),
             resolver=hidden_resolver(),
         )

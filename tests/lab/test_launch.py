@@ -187,6 +187,11 @@ def test_pipes_pass_through(box: Container) -> None:
     assert (done.out, done.err) == ("LETTERS", "problem\n")
 
 
+def test_streams_that_are_closed_become_null(box: Container) -> None:
+    done = box.run("aasm run -- sh -c 'cat; echo lost; ls /proc/self/fd' <&- >&-", user="dev", cwd=WORK)
+    assert (done.code, done.out) == (0, "")
+
+
 def test_signals_to_the_client_reach_the_run(box: Container) -> None:
     process = background(box, "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done")
     box.raw(["pkill", "-TERM", "-f", "^/usr/bin/python3 .*aasm run"]).check()
@@ -416,6 +421,44 @@ def test_sockets_of_buses_daemons_and_the_guard_are_out_of_sight(box: Container)
     reachable = ["/run/dbus/system_bus_socket", "/run/agent-assembly/launch"]
     outside = box.run(["/usr/bin/python3", "-c", CONNECT, *reachable], user="dev").out
     assert outside.count("open") == 2
+
+
+OUTSIDE = """
+import os, pty, socket, time
+os.chdir(os.path.expanduser("~"))
+s = socket.socket(socket.AF_UNIX); s.bind(os.path.abspath("control")); s.listen()
+p = socket.socket(socket.AF_UNIX); p.bind(os.path.abspath("work/editor.sock")); p.listen()
+master, slave = pty.openpty(); print(os.ttyname(slave), flush=True)
+time.sleep(600)
+"""
+
+
+def test_sockets_and_terminals_of_the_users_other_programs_are_covered(box: Container) -> None:
+    others = box.popen(["/usr/bin/python3", "-c", OUTSIDE], user="dev", stdout=-1, text=True)
+    terminal = others.stdout.readline().strip()
+    sockets = ["/home/dev/control", f"{WORK}/editor.sock"]
+    connect = ["/usr/bin/python3", "-c", CONNECT, *sockets]
+    try:
+        assert box.run(connect, user="dev").check().out.count("open") == 2
+        assert run(box, connect).check().out.count("closed") == 2
+        assert box.run(f"echo x > {terminal}", user="dev").code == 0
+        assert run(box, f"echo x > {terminal}").code != 0
+        assert run(box, f"head -c 1 {terminal}", timeout=20).code != 0
+    finally:
+        box.raw(["pkill", "-f", "editor.sock"])
+        others.wait(10)
+        box.raw(["rm", "-f", *sockets])
+
+
+def test_a_run_may_make_sockets_and_terminals_of_its_own(box: Container) -> None:
+    source = """
+import os, socket
+l = socket.socket(socket.AF_UNIX); l.bind("own.sock"); l.listen()
+c = socket.socket(socket.AF_UNIX); c.connect("own.sock")
+m, s = os.openpty(); open(os.ttyname(s), "w").write("x"); print(os.read(m, 1))
+os.unlink("own.sock")
+"""
+    assert run(box, ["/usr/bin/python3", "-c", source]).check().out == "b'x'\n"
 
 
 SYSTEM_CALLS = """
@@ -720,7 +763,7 @@ def test_a_run_has_a_terminal_of_the_right_size_that_follows_the_window(box: Con
 def test_keys_interrupt_quit_and_end_input_as_at_any_terminal(box: Container) -> None:
     for key, code in (("\x03", 130), ("\x1c", 131)):
         steps = [{"expect": "ready"}, {"send": key}]
-        told = person(box, steps, "aasm", "run", "--", "sh", "-c", "echo ready; sleep 60; :")
+        told = person(box, steps, "aasm", "run", "--", "sh", "-c", "echo ready; exec sleep 60")
         assert (told["code"], told["restored"]) == (code, True), told
     steps = [
         {"expect": "ready"},
@@ -735,7 +778,7 @@ def test_keys_interrupt_quit_and_end_input_as_at_any_terminal(box: Container) ->
 
 def test_the_suspend_key_does_not_wedge_the_terminal(box: Container) -> None:
     steps = [{"expect": "ready"}, {"send": "\x1a"}, {"sleep": 0.5}, {"send": "\x03"}]
-    told = person(box, steps, "aasm", "run", "--", "sh", "-c", "echo ready; sleep 60; :")
+    told = person(box, steps, "aasm", "run", "--", "sh", "-c", "echo ready; exec sleep 60")
     assert (told["code"], told["restored"]) == (130, True)
 
 
@@ -783,7 +826,7 @@ def test_terminals_and_pipes_may_be_mixed(box: Container) -> None:
     assert (told["code"], told["restored"]) == (0, True)
 
     steps = [{"expect": "ready"}, {"send": "\x03"}]
-    inner = "echo ready >&2; sleep 60; :"
+    inner = "echo ready >&2; exec sleep 60"
     told = person(box, steps, "sh", "-c", f"exec aasm run -- sh -c '{inner}' > /dev/null")
     assert told["code"] == 130
 

@@ -197,10 +197,12 @@ Play = Callable[[Callable[[Stage], Coroutine[Any, Any, None]]], None]
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """Runs a test's coroutine on a stage."""
 
-    async def look(user: pwd.struct_passwd, directory: str, declared: Any) -> Found:
+    async def look(
+        user: pwd.struct_passwd, directory: str, declared: Any, *, terminal: int
+    ) -> Found:
         status = os.stat(directory)
         place = sandbox.Directory(directory, status.st_dev, status.st_ino)
-        return Found("/home/nobody-at-all", place, "", (), ())
+        return Found("/home/nobody-at-all", place, "", (), (), ())
 
     def is_main_process(self: Launcher, live: Live, peer: Peer) -> bool:
         group = f"{sandbox.SLICE_PATHS[True]}/{live.unit}"

@@ -1,0 +1,70 @@
+"""Sockets and terminals of programs outside of a run are found, if its user could open them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from aa.launch import outside
+
+HOME = "/home/dev"
+TABLE = """Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00010000 0001 01 21 /run/dbus/system_bus_socket
+0000000000000000: 00000002 00000000 00010000 0001 01 22 /srv/app/app.sock
+0000000000000000: 00000002 00000000 00010000 0001 01 23 /home/dev/.ssh/control with space
+0000000000000000: 00000002 00000000 00010000 0001 01 24 /tmp/tmux-2000/default
+0000000000000000: 00000002 00000000 00010000 0001 01 25 @/tmp/.X11-unix/X0
+0000000000000000: 00000003 00000000 00000000 0001 03 26
+0000000000000000: 00000002 00000000 00010000 0001 01 27 /srv/../run/evil
+0000000000000000: 00000002 00000000 00010000 0001 01 28 relative/path
+0000000000000000: 00000002 00000000 00010000 0001 01 29 /srv/app/app.sock
+0000000000000000: 00000002 00000000 00010000 0001 01 30 /srv/b\x07ell
+"""
+
+
+def test_paths_that_a_run_would_see_are_taken_once_and_those_in_the_home_first() -> None:
+    found = outside.socket_paths(TABLE, HOME)
+    assert found == ["/home/dev/.ssh/control with space", "/srv/app/app.sock"]
+
+
+def test_an_empty_table_has_none() -> None:
+    assert outside.socket_paths("", HOME) == outside.socket_paths(TABLE.splitlines()[0], HOME) == []
+
+
+def test_only_sockets_that_are_there_and_may_be_opened_are_reachable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        paths = [str(tmp_path / name) for name in ("s", "file", "missing")]
+        found, more = outside.reachable(paths, 0)
+    assert (paths[0] in found, paths[1] in found, paths[2] in found) == (True, False, False)
+    assert more == 0
+
+
+def test_the_runs_own_terminal_is_not_among_those_of_others() -> None:
+    first, second = os.openpty(), os.openpty()
+    try:
+        own, other = (os.ttyname(pair[1]) for pair in (first, second))
+        found, _ = outside.reachable([], os.fstat(first[1]).st_rdev)
+        assert other in found and own not in found
+    finally:
+        for fd in (*first, *second):
+            os.close(fd)
+
+
+def test_what_is_over_the_limit_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "MAX_COVERED", 1)
+    monkeypatch.setattr(outside, "TERMINALS", str(tmp_path / "none"))
+    listeners = []
+    for name in "abc":
+        listeners.append(socket.socket(socket.AF_UNIX))
+        listeners[-1].bind(str(tmp_path / name))
+    found, more = outside.reachable([str(tmp_path / n) for n in "abc"], 0)
+    assert (found, more) == ([str(tmp_path / "a")], 2)
+    for listener in listeners:
+        listener.close()
