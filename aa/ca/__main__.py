@@ -51,9 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m aa.ca", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python3 -m aa.ca", description=(__doc__ or "").split("\n")[0]
+    )
     step = parser.add_mutually_exclusive_group(required=True)
-    step.add_argument("--init", action="store_true", help="root if there is none, intermediate if due")
+    step.add_argument(
+        "--init", action="store_true", help="root if there is none, intermediate if due"
+    )
     step.add_argument("--renew", action="store_true", help="a new intermediate, due or not")
     step.add_argument("--stage", action="store_true", help="make a new root without using it")
     step.add_argument("--commit", action="store_true", help="use the staged root")

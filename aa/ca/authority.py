@@ -191,7 +191,8 @@ def read_intermediate(path: Path) -> tuple[Key, Certificate]:
     key, certificate = parse_key(pem, where), parse_certificate(pem, where)
     if not belongs(key, certificate):
         raise CertificateAuthorityError(
-            f"key and certificate in {where} differ", fix="`sudo systemctl start aa-ca` makes new ones"
+            f"key and certificate in {where} differ",
+            fix="`sudo systemctl start aa-ca` makes new ones",
         )
     return key, certificate
 

@@ -6,6 +6,8 @@ import datetime
 import ipaddress
 import re
 import secrets
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cryptography import x509
@@ -79,28 +81,45 @@ def make_intermediate(
     return builder.sign(root_key, hashes.SHA256())
 
 
-def make_leaf(
-    key: Key,
-    intermediate_key: Key,
-    intermediate: Certificate,
-    host: str,
-    *,
-    now: datetime.datetime,
-) -> Certificate:
+@dataclass(frozen=True)
+class Issuer:
+    """An intermediate with its key, and what of it every leaf needs, read once."""
+
+    key: Key
+    certificate: Certificate
+
+    @cached_property
+    def validity(self) -> tuple[datetime.datetime, datetime.datetime]:
+        return validity(self.certificate)
+
+    @cached_property
+    def constraints(self) -> x509.NameConstraints | None:
+        return name_constraints(self.certificate)
+
+    @cached_property
+    def identifier(self) -> x509.AuthorityKeyIdentifier:
+        return _issued_by(self.certificate)
+
+    @cached_property
+    def subject(self) -> x509.Name:
+        return self.certificate.subject
+
+
+def make_leaf(key: Key, issuer: Issuer, host: str, *, now: datetime.datetime) -> Certificate:
     """A server certificate for exactly this host, a canonical name or an address as text.
 
     Raises `CannotIssue` for anything else, for a host outside the intermediate's constraints, and
     when the intermediate is out of its time.
     """
     subject = host_name(host)
-    begins, ends = validity(intermediate)
+    begins, ends = issuer.validity
     if not begins <= now < ends:
         raise CannotIssue(
             f"the proxy's intermediate is valid from {begins:%F %H:%M}Z to {ends:%F %H:%M}Z and now "
             f"is {now:%F %H:%M}Z",
             fix="`sudo systemctl start aa-ca` issues a new one",
         )
-    if not permits(name_constraints(intermediate), subject):
+    if not permits(issuer.constraints, subject):
         raise CannotIssue(
             f"the proxy's intermediate may not sign for {host}",
             fix="it follows the policy within seconds; if not: `sudo systemctl start aa-ca`",
@@ -110,7 +129,7 @@ def make_leaf(
         attributes.append(x509.NameAttribute(NameOID.COMMON_NAME, host))
     builder = _builder(
         x509.Name(attributes),
-        intermediate.subject,
+        issuer.subject,
         key,
         max(begins, now - CLOCK_SKEW),
         min(ends, now + LEAF_LIFE),
@@ -121,8 +140,8 @@ def make_leaf(
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([subject]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_issued_by(intermediate), critical=False)
-        .sign(intermediate_key, hashes.SHA256())
+        .add_extension(issuer.identifier, critical=False)
+        .sign(issuer.key, hashes.SHA256())
     )
 
 
@@ -290,7 +309,9 @@ def _authority_extensions(
     builder: x509.CertificateBuilder, key: Key, *, path_length: int
 ) -> x509.CertificateBuilder:
     return (
-        builder.add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        builder.add_extension(
+            x509.BasicConstraints(ca=True, path_length=path_length), critical=True
+        )
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
@@ -314,7 +335,9 @@ def _issued_by(issuer: Certificate) -> x509.AuthorityKeyIdentifier:
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
 
 
-def _key_usage(*, digital_signature: bool = False, signs_certificates: bool = False) -> x509.KeyUsage:
+def _key_usage(
+    *, digital_signature: bool = False, signs_certificates: bool = False
+) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=digital_signature,
         content_commitment=False,
@@ -341,4 +364,3 @@ def _addresses(names: list[x509.GeneralName]) -> list[x509.IPAddress]:
 
 def _versions(names: list[x509.GeneralName]) -> set[int]:
     return {n.value.version for n in _addresses(names)}
-

@@ -33,7 +33,8 @@ def read_secret(path: Path, *, group_reads: bool = False) -> bytes:
         _check_owner(path, told)
         if told.st_nlink != 1:
             raise UnsafeFile(
-                f"{path} has {told.st_nlink} names", fix=f"find the other: find / -inum {told.st_ino}"
+                f"{path} has {told.st_nlink} names",
+                fix=f"find the other: find / -inum {told.st_ino}",
             )
         if told.st_mode & forbidden:
             raise UnsafeFile(
@@ -50,7 +51,9 @@ def read_public(path: Path) -> bytes:
         told = os.fstat(fd)
         _check_owner(path, told)
         if told.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise UnsafeFile(f"{path} can be written by others", fix=f"sudo chmod {PUBLIC:04o} {path}")
+            raise UnsafeFile(
+                f"{path} can be written by others", fix=f"sudo chmod {PUBLIC:04o} {path}"
+            )
         return _read(fd, path)
 
 

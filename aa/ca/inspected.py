@@ -24,7 +24,9 @@ MAX_NETWORKS = 64
 
 EVERY_NAME = "**"
 WRITE_AGAIN = "`sudo systemctl restart aa-gateway` writes it again"
-NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
+NAME = re.compile(
+    r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*"
+)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -89,7 +91,9 @@ def read(path: Path = INSPECTED_HOSTS) -> Inspected | None:
     except OSError as e:
         raise CertificateAuthorityError(f"{path}: {e.strerror}", fix=WRITE_AGAIN) from e
     if len(data) > MAX_LIST:
-        raise CertificateAuthorityError(f"{path} is larger than {MAX_LIST} bytes", fix="inspect `**`")
+        raise CertificateAuthorityError(
+            f"{path} is larger than {MAX_LIST} bytes", fix="inspect `**`"
+        )
     try:
         return parse(data.decode("ascii"))
     except UnicodeDecodeError:
@@ -142,6 +146,7 @@ def _network(entry: str, line: int) -> Network:
 
 def _without_covered(domains: set[str]) -> tuple[str, ...]:
     """Sorted, without the names that lie below another one of them."""
+
     def covered(name: str) -> bool:
         labels = name.split(".")
         return any(".".join(labels[n:]) in domains for n in range(1, len(labels)))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aa.ca import certificate as form
 from aa.ca.authority import read_intermediate
-from aa.ca.certificate import Certificate, Key
+from aa.ca.certificate import Certificate, Issuer, Key
 from aa.ca.errors import CannotIssue, CertificateAuthorityError
 from aa.ca.places import INTERMEDIATE, Places
 
@@ -62,11 +62,14 @@ class Leaf:
 class Signer:
     """One intermediate, and the key that all leaves made from it have."""
 
-    key: Key
-    certificate: Certificate
+    issuer: Issuer
     leaf_key: Key
     stamp: tuple[int, int, int]
     """Device, inode and time of change of the file, to see that there is another."""
+
+    @property
+    def chain(self) -> tuple[Certificate, ...]:
+        return (self.issuer.certificate,)
 
 
 def utc_now() -> datetime.datetime:
@@ -97,7 +100,7 @@ class LeafIssuer:
     @property
     def intermediate(self) -> Certificate | None:
         """The certificate in use, if there is one."""
-        return self._signer.certificate if self._signer else None
+        return self._signer.issuer.certificate if self._signer else None
 
     def issue(self, host: str) -> Leaf:
         """The leaf for a canonical name or an address as text. Raises `CannotIssue`; then deny."""
@@ -107,10 +110,10 @@ class LeafIssuer:
         if leaf is not None and leaf.begins <= now < leaf.renew_at:
             self._leaves.move_to_end(host)
             return leaf
-        made = form.make_leaf(signer.leaf_key, signer.key, signer.certificate, host, now=now)
+        made = form.make_leaf(signer.leaf_key, signer.issuer, host, now=now)
         begins, ends = form.validity(made)
         renew_at = ends - (ends - now) * RENEW_BELOW
-        leaf = Leaf(host, made, signer.leaf_key, (signer.certificate,), begins, renew_at)
+        leaf = Leaf(host, made, signer.leaf_key, signer.chain, begins, renew_at)
         self._leaves[host] = leaf
         self._leaves.move_to_end(host)
         while len(self._leaves) > self._limit:
@@ -130,7 +133,7 @@ class LeafIssuer:
             key, certificate = read_intermediate(self._path)
         except OSError as e:
             raise CertificateAuthorityError(f"{self._path}: {e.strerror}", fix=RESTART) from e
-        self._signer = Signer(key, certificate, form.new_key(), stamp)
+        self._signer = Signer(Issuer(key, certificate), form.new_key(), stamp)
         self._leaves.clear()
         self._retry_at, self._told = 0.0, ""
         return True

@@ -93,7 +93,9 @@ def rotate() -> None:
             with files.locked(places.root):
                 trust.install(new)
             tell.record(f"root {fingerprint(new)} is in the trust store", root=fingerprint(new))
-        click.echo(f"2. {'the trust store knows it' if trusted else 'no trust store to tell'}", err=True)
+        click.echo(
+            f"2. {'the trust store knows it' if trusted else 'no trust store to tell'}", err=True
+        )
         _step("--commit", "--record")
         click.echo("3. it is the root now; the old key is gone", err=True)
         _issue()
@@ -138,7 +140,9 @@ def install_ca() -> None:
     tell.record(f"root {name} is in the trust store", root=name)
     click.echo(f"root {name} is in the system's trust store", err=True)
     if state.java is False:
-        click.echo("Java's store does not have it yet: `sudo dpkg --triggers-only --pending`", err=True)
+        click.echo(
+            "Java's store does not have it yet: `sudo dpkg --triggers-only --pending`", err=True
+        )
     if state.problem:
         click.echo(f"Java's store cannot be read: {state.problem}", err=True)
 
@@ -191,7 +195,9 @@ def _old_root(places: Places) -> Certificate | None:
 
 def _need_root() -> None:
     if os.geteuid() != 0:
-        raise Failure("only root changes what this host trusts", hint="use sudo", code=NOT_PERMITTED)
+        raise Failure(
+            "only root changes what this host trusts", hint="use sudo", code=NOT_PERMITTED
+        )
 
 
 def _step(*arguments: str) -> None:
@@ -206,7 +212,9 @@ def _step(*arguments: str) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise CertificateAuthorityError(f"{arguments[0]} takes too long", fix="run it again") from None
+        raise CertificateAuthorityError(
+            f"{arguments[0]} takes too long", fix="run it again"
+        ) from None
     if done.returncode:
         raise CertificateAuthorityError(done.stderr.strip() or f"{arguments[0]} failed")
 
@@ -300,4 +308,8 @@ def _limits(constraints: dict[str, Any]) -> str:
     if permitted == [RESERVED_NAME]:
         return "nothing: no host is inspected"
     names = ", ".join(permitted) if permitted else "every name"
-    return f"{names}; not for {', '.join(constraints['excluded'])}" if constraints["excluded"] else names
+    return (
+        f"{names}; not for {', '.join(constraints['excluded'])}"
+        if constraints["excluded"]
+        else names
+    )

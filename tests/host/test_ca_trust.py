@@ -61,7 +61,9 @@ def test_a_copy_is_no_way_to_the_machines_own_files(without_java: Machine) -> No
 def trusted_by_openssl(machine: Machine, certificate: str = ROOT) -> bool:
     """By the hashed directory and by the bundle, which different programs use."""
     verify = ("openssl", "verify", "-no-CAstore")
-    by_directory = machine.run(*verify, "-no-CAfile", "-CApath", "/etc/ssl/certs", certificate, code=None)
+    by_directory = machine.run(
+        *verify, "-no-CAfile", "-CApath", "/etc/ssl/certs", certificate, code=None
+    )
     by_bundle = machine.run(*verify, "-no-CApath", "-CAfile", BUNDLE, certificate, code=None)
     assert by_directory.returncode == by_bundle.returncode
     return by_directory.returncode == 0
@@ -123,7 +125,9 @@ def test_uninstall_works_when_the_authority_is_gone(machine: Machine) -> None:
     before = machine.store()
     machine.authority("--install-trust")
     assert trusted_by_openssl(machine)
-    machine.run("sh", "-ec", "cp /var/lib/agent-assembly/ca/root.pem /tmp/; rm -r /var/lib/agent-assembly")
+    machine.run(
+        "sh", "-ec", "cp /var/lib/agent-assembly/ca/root.pem /tmp/; rm -r /var/lib/agent-assembly"
+    )
     machine.authority("--uninstall-trust")
     assert not trusted_by_openssl(machine, "/tmp/root.pem")
     assert machine.store() == before
@@ -171,7 +175,13 @@ def test_rotation_swaps_the_trusted_root(machine: Machine) -> None:
     old = machine.shown()
     machine.run("cp", ROOT, "/tmp/old.pem")
     told = machine.aasm("rotate").stderr
-    assert [line[:2] for line in told.splitlines() if line[0].isdigit()] == ["1.", "2.", "3.", "4.", "5."]
+    assert [line[:2] for line in told.splitlines() if line[0].isdigit()] == [
+        "1.",
+        "2.",
+        "3.",
+        "4.",
+        "5.",
+    ]
     new = machine.shown()
     assert new["root"]["fingerprint"] != old["root"]["fingerprint"]
     assert new["intermediate"]["fingerprint"] != old["intermediate"]["fingerprint"]

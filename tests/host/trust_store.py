@@ -125,16 +125,30 @@ class Machine:
     def java_aliases(self) -> set[str]:
         """As Java's own tool tells them."""
         told = self.run(
-            "keytool", "-list", "-rfc", "-keystore", "/etc/ssl/certs/java/cacerts", "-storepass", "changeit"
+            "keytool",
+            "-list",
+            "-rfc",
+            "-keystore",
+            "/etc/ssl/certs/java/cacerts",
+            "-storepass",
+            "changeit",
         ).stdout
-        return {line.split(":", 1)[1].strip() for line in told.splitlines() if line.startswith("Alias name:")}
+        return {
+            line.split(":", 1)[1].strip()
+            for line in told.splitlines()
+            if line.startswith("Alias name:")
+        }
 
 
 def own_files() -> dict[str, int]:
     """This machine's own store and the tools for it, with times of change: no test may touch them."""
     found = {
         entry.path: os.lstat(entry.path).st_ctime_ns
-        for directory in ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/ssl/certs/java")
+        for directory in (
+            "/etc/ssl/certs",
+            "/usr/local/share/ca-certificates",
+            "/etc/ssl/certs/java",
+        )
         if os.path.isdir(directory)
         for entry in os.scandir(directory)
     }

@@ -101,5 +101,9 @@ class World:
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
     )

@@ -109,7 +109,9 @@ def test_before_anybody_said_what_is_inspected_nothing_can_be_signed(tmp_path: P
     world = World(tmp_path, None)
     limits = name_constraints(world.renew(None).intermediate)
     assert limits == authority.constraints_for(NOTHING)
-    assert not permits(limits, host_name("a.example")) and not permits(limits, host_name("10.0.0.1"))
+    assert not permits(limits, host_name("a.example")) and not permits(
+        limits, host_name("10.0.0.1")
+    )
 
 
 def test_reader_never_sees_a_key_of_another_certificate(world: World) -> None:

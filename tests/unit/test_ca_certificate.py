@@ -14,6 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from aa.ca.certificate import (
     INTERMEDIATE_LIFE,
     ROOT_LIFE,
+    Issuer,
     belongs,
     constraints_for,
     host_name,
@@ -276,6 +277,7 @@ def test_make_leaf_refuses_by_itself_whatever_its_caller_checked() -> None:
     root = make_root(key, host="box", now=now)
     limits = constraints_for(parse("a.example\n"))
     intermediate = make_intermediate(key, key, root, host="box", constraints=limits, now=now)
-    make_leaf(key, key, intermediate, "a.example", now=now)
+    issuer = Issuer(key, intermediate)
+    make_leaf(key, issuer, "a.example", now=now)
     with pytest.raises(CannotIssue):
-        make_leaf(key, key, intermediate, "b.example", now=now)
+        make_leaf(key, issuer, "b.example", now=now)

@@ -28,7 +28,9 @@ def mode_of(path: Path) -> int:
 
 @pytest.mark.parametrize("mode", [files.SECRET, files.GROUP_SECRET, files.PUBLIC])
 @pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_a_written_file_has_its_mode_whatever_the_umask(directory: Path, mode: int, umask: int) -> None:
+def test_a_written_file_has_its_mode_whatever_the_umask(
+    directory: Path, mode: int, umask: int
+) -> None:
     before = os.umask(umask)
     try:
         files.write(directory / "f", b"content", mode=mode)
@@ -51,12 +53,19 @@ def test_a_key_is_never_readable_by_others_on_its_way(directory: Path) -> None:
          sys.executable, "-c", code],
         check=True, timeout=30, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    lines = [line for line in trace.read_text().splitlines() if ".k.new" in line or "SECRET" in line]
+    lines = [
+        line for line in trace.read_text().splitlines() if ".k.new" in line or "SECRET" in line
+    ]
     made = next(line for line in lines if "O_CREAT" in line)
     assert "O_EXCL" in made and "O_NOFOLLOW" in made
     assert re.search(r", 0400\)", made), made
     text = trace.read_text()
-    assert text.index("fchown(") < text.index("fchmod(") < text.index('"SECRET"') < text.index("rename(")
+    assert (
+        text.index("fchown(")
+        < text.index("fchmod(")
+        < text.index('"SECRET"')
+        < text.index("rename(")
+    )
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(

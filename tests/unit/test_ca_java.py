@@ -16,7 +16,9 @@ def store(*entries: tuple[str, bytes], tag: int = 2, kind: bytes = b"X.509") -> 
     data = struct.pack(">III", 0xFEEDFEED, 2, len(entries))
     for alias, certificate in entries:
         data += struct.pack(">IH", tag, len(alias)) + alias.encode() + struct.pack(">Q", 1)
-        data += struct.pack(">H", len(kind)) + kind + struct.pack(">I", len(certificate)) + certificate
+        data += (
+            struct.pack(">H", len(kind)) + kind + struct.pack(">I", len(certificate)) + certificate
+        )
     return data + b"d" * 20
 
 
@@ -34,7 +36,14 @@ def test_no_store_is_not_an_empty_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x30\x82", store(("a", b"x"))[:-1], store(("a", b"x")) + b"x", store(("a", b"x"), tag=1)]
+    "data",
+    [
+        b"",
+        b"\x30\x82",
+        store(("a", b"x"))[:-1],
+        store(("a", b"x")) + b"x",
+        store(("a", b"x"), tag=1),
+    ],
 )
 def test_another_format_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "cacerts").write_bytes(data)

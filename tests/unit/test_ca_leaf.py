@@ -146,7 +146,9 @@ def test_what_was_broken_is_tried_again(world: World, monkeypatch: pytest.Monkey
     assert fingerprint(issuer.issue("a.example").chain[0]) != fingerprint(before.chain[0])
 
 
-def test_an_issuer_made_before_the_first_intermediate_works_once_there_is_one(tmp_path: Path) -> None:
+def test_an_issuer_made_before_the_first_intermediate_works_once_there_is_one(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "early").mkdir()
     world = World(tmp_path / "early")
     kept = world.places.intermediate.read_bytes()
