@@ -173,9 +173,16 @@ SAVE = "; ".join(f"{x}-save -t {t}" for x in ("iptables", "ip6tables") for t in 
 
 
 def guards_rules(box: Container) -> list[str]:
-    """The guard's own rules and chains as the kernel has them now, without counters."""
+    """The guard's own rules and chains as the kernel has them now, without counters, and whatever
+    stands in front of its jumps."""
     saved = box.raw(["sh", "-c", SAVE]).check().out
-    return [line.split(" [")[0] for line in saved.splitlines() if "AA-" in line]
+    found, others = [], []
+    for line in saved.splitlines():
+        if "AA-" in line:
+            found += others if line.startswith("-A OUTPUT") else []
+            found.append(line.split(" [")[0])
+        others = [*others, line] if line.startswith("-A OUTPUT") else []
+    return found
 
 
 def flush(box: Container, command: str, wanted: list[str], *, within: float) -> None:
