@@ -147,7 +147,7 @@ def _shadowed(files: Sequence[PolicyFile]) -> Iterator[Finding]:
             if not _applies_at_least(other_file, f) or not _covers(other, rule):
                 continue
             if _strength(other) > _strength(rule):
-                message = f"has no effect: {other.ref} {other.effect.value}s all of it"
+                message = f"has no effect: {other.ref} {_VERBS[other.effect]} all of it"
             elif _strength(other) == _strength(rule) and (
                 other.ref < rule.ref or not _covers(rule, other)
             ):
@@ -157,6 +157,9 @@ def _shadowed(files: Sequence[PolicyFile]) -> Iterator[Finding]:
             severity = "warning" if other.effect is not rule.effect else "advice"
             yield _about(severity, f, rule, message, "remove it or narrow the other")
             break
+
+
+_VERBS = {Effect.ALLOW: "allows", Effect.ASK: "asks about", Effect.DENY: "denies"}
 
 
 def _strength(rule: Rule) -> int:

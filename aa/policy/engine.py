@@ -19,6 +19,7 @@ from aa.policy.check import Finding, findings
 from aa.policy.host import InvalidHost, canonical_host
 from aa.policy.index import RuleIndex
 from aa.policy.rules import (
+    DEFAULT_PORTS,
     Match,
     NetworkQuestion,
     PolicyFile,
@@ -592,7 +593,9 @@ def _reason(verdict: Verdict, action: Action, view: View) -> str:
     policies = ", ".join(f.id for f in view.files)
     if verdict.effect is not Effect.DENY:
         return f"no rule is about {target}; the default of {policies} {_VERBS[verdict.effect]} it"
-    return f"no rule of {policies} allows {target}; {_remedy(action)}"
+    place_text = verdict.place.text if verdict.place is not None else ""
+    where = f" at {place_text}" if place_text and place_text not in target else ""
+    return f"no rule of {policies} allows {target}{where}; {_remedy(verdict, action)}"
 
 
 _VERBS = {Effect.ALLOW: "allows", Effect.DENY: "denies", Effect.ASK: "asks a person about"}
@@ -610,33 +613,36 @@ def _guard_reason(target: str, guarded: Place, action: Action) -> str:
     )
 
 
-def _remedy(action: Action) -> str:
+def _remedy(verdict: Verdict, action: Action) -> str:
     """The rule that would allow it, as one would write it."""
-    matcher = _MATCHERS.get(action.kind, lambda _action: "")(action)
+    build = _MATCHERS.get(action.kind)
+    matcher = build(verdict, action) if build is not None else ""
     rule = f'a [[rule]] with an id, effect = "allow" and {matcher} would; ' if matcher else ""
     return f"{rule}{_ask_why(action)} tells more"
 
 
-def _network_matcher(action: Action) -> str:
-    try:
-        q = network_questions(action)[0]
-    except (Malformed, InvalidHost):
-        return ""
-    what = f'hosts = ["{q.host}"]' if q.host else f'cidrs = ["{q.place.text if q.place else ""}"]'
-    ports = "" if q.port in (443, 80) else f", ports = [{q.port}]"
-    opaque = ', protocol = "opaque"' if q.protocol == "opaque" and q.host else ""
-    return f"network = {{ {what}{ports}{opaque} }}"
+def _network_matcher(verdict: Verdict, action: Action) -> str:
+    q = network_questions(action)[0]
+    what = [f'hosts = ["{q.host}"]'] if q.host else []
+    guarded = verdict.place is not None and verdict.place.guard
+    if verdict.place is not None and (guarded or not what):
+        what.append(f'cidrs = ["{verdict.place.text}"]')
+    if q.port not in DEFAULT_PORTS:
+        what.append(f"ports = [{q.port}]")
+    if q.protocol == "opaque" and q.host:
+        what.append('protocol = "opaque"')
+    return f"network = {{ {', '.join(what)} }}"
 
 
-def _host_matcher(action: Action) -> str:
+def _host_matcher(_verdict: Verdict, action: Action) -> str:
     return f'network = {{ hosts = ["{_shown(action.target)}"] }}'
 
 
-def _tool_matcher(action: Action) -> str:
+def _tool_matcher(_verdict: Verdict, action: Action) -> str:
     return f'tool = {{ names = ["{_shown(action.target)}"] }}'
 
 
-_MATCHERS: Mapping[Kind, Callable[[Action], str]] = {
+_MATCHERS: Mapping[Kind, Callable[[Verdict, Action], str]] = {
     Kind.NET_CONNECT: _network_matcher,
     Kind.HTTP_REQUEST: _network_matcher,
     Kind.DNS_QUERY: _host_matcher,
