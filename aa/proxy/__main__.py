@@ -74,9 +74,7 @@ class Proxy:
             raise CannotStart(
                 f"SOCK_DIAG cannot be asked: {e}", hint="load the modules tcp_diag and udp_diag"
             ) from None
-        identify = Identify(
-            self._runs, diag, explicit_users=_uids(config.proxy.explicit_users)
-        )
+        identify = Identify(self._runs, diag, explicit_users=_uids(config.proxy.explicit_users))
         answered = AnsweredNames()
         self._resolver = Resolver()
         self._front = Front(

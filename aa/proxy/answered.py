@@ -21,9 +21,7 @@ class AnsweredNames:
     def __init__(self) -> None:
         self._runs: OrderedDict[str, OrderedDict[Address, tuple[str, float]]] = OrderedDict()
 
-    def remember(
-        self, run: str, name: str, addresses: Iterable[Address], seconds: float
-    ) -> None:
+    def remember(self, run: str, name: str, addresses: Iterable[Address], seconds: float) -> None:
         until = time.monotonic() + min(max(seconds, LEAST_SECONDS), MOST_SECONDS)
         of_run = self._runs.setdefault(run, OrderedDict())
         self._runs.move_to_end(run)

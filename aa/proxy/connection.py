@@ -525,9 +525,7 @@ class Connection:
         return await relay.run(first)
 
     async def _exchange(self, head: Head, behind: bytes, upstream: socket.socket) -> Outcome:
-        self._moving = exchange = Exchange(
-            self._sock, upstream, idle=self._limits.idle_seconds
-        )
+        self._moving = exchange = Exchange(self._sock, upstream, idle=self._limits.idle_seconds)
         return await exchange.run(head, self._destination.port, behind)
 
     # -- the end

@@ -106,9 +106,7 @@ class Resolver:
             )
         waiting = self._waiting.get(name)
         if waiting is None:
-            waiting = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._lookup, name
-            )
+            waiting = asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, name)
             self._waiting[name] = waiting
             waiting.add_done_callback(lambda done: self._forget(name, done))
         self._per_run[run] += 1

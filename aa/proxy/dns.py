@@ -257,9 +257,7 @@ class Forwarder:
         if not task.cancelled() and task.exception() is not None:
             log.error("a query ended in an error", exc_info=task.exception())
 
-    async def _serve_tcp(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sock: socket.socket = writer.get_extra_info("socket")
         try:
             here, source = sock.getsockname()[:2], sock.getpeername()[:2]
@@ -269,10 +267,7 @@ class Forwarder:
         original = original_destination(sock) or Original(*here)
         who = self.identify.tcp(sock.family, source, (original.address, original.port))
         run = _run(who)
-        if (
-            self._tcp_total >= TCP_CONNECTIONS
-            or self._tcp_per_run[run] >= TCP_CONNECTIONS_PER_RUN
-        ):
+        if self._tcp_total >= TCP_CONNECTIONS or self._tcp_per_run[run] >= TCP_CONNECTIONS_PER_RUN:
             self._over_limit("tcp_connections", "", who)
             writer.transport.abort()
             return
@@ -539,9 +534,7 @@ def _addresses(query: Query, addresses: Sequence[Address]) -> dns.message.Messag
     answer = _answer(query.message, dns.rcode.NOERROR)
     if addresses:
         texts = [str(a) for a in addresses]
-        answer.answer = [
-            dns.rrset.from_text_list(query.name, HOSTS_TTL, "IN", query.type, texts)
-        ]
+        answer.answer = [dns.rrset.from_text_list(query.name, HOSTS_TTL, "IN", query.type, texts)]
     return answer
 
 

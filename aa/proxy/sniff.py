@@ -129,12 +129,8 @@ class Sniffer:
     def feed(self, data: bytes) -> Finding | None:
         """Takes further bytes; None asks for more. After a finding it only keeps the bytes."""
         self.taken += data
-        if self.finding is not None or not self.taken:
-            return self.finding
-        try:
+        if self.finding is None and self.taken:
             self.finding = self._look()
-        except _Broken as e:
-            self.finding = Malformed(self.protocol or Protocol.OPAQUE, str(e))
         return self.finding
 
     def end(self, why: str) -> Finding:
@@ -151,11 +147,16 @@ class Sniffer:
     def _look(self) -> Finding | None:
         if self.protocol is None:
             self.protocol = _recognise(self.taken)
-        if self.protocol is Protocol.TLS:
-            return self._look_at_tls()
+        if self.protocol is None:
+            return None
         if self.protocol is Protocol.OPAQUE:
             return Opaque()
-        return self._look_at_http()
+        try:
+            if self.protocol is Protocol.TLS:
+                return self._look_at_tls()
+            return self._look_at_http()
+        except _Broken as e:
+            return Malformed(self.protocol, str(e))
 
     # -- TLS
 

@@ -152,9 +152,7 @@ class Way:
         assert self._pipe is not None
         while self._inside:
             try:
-                given = os.splice(
-                    self._pipe.read, self._sink.fileno(), self._inside, flags=_FLAGS
-                )
+                given = os.splice(self._pipe.read, self._sink.fileno(), self._inside, flags=_FLAGS)
             except (BlockingIOError, InterruptedError):
                 if not self._waits_for_sink:
                     self._waits_for_sink = True

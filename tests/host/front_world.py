@@ -253,9 +253,7 @@ def certificates(directory: Path, names: tuple[str, ...]) -> tuple[Path, Path]:
     ca.write_bytes(built("origin CA", "origin CA", ca_key, ca_key, ca=True).public_bytes(pem))
     leaf.write_bytes(
         built(names[0], "origin CA", key, ca_key, ca=False).public_bytes(pem)
-        + key.private_bytes(
-            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return ca, leaf
 
@@ -405,9 +403,7 @@ class Peer:
             answer.flags |= dns.flags.TC
             return answer.to_wire()
 
-    async def _dns_stream(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _dns_stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, EOFError):
             length = int.from_bytes(await reader.readexactly(2), "big")
             answer = self.resolve(await reader.readexactly(length), stream=True)
@@ -449,7 +445,10 @@ class World:
         self.gateway.start()
         self.gateway.set_run(run_json(self.lab, RUN, state="running"))
         self.peer.start()
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
+        }
         with self.log.open("w") as log:
             self.holder = self.lab.start(
                 PYTHON,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.host.front_world import PEER4, PEER6, RUN, World, decision, world
+from tests.host.redirect_lab import run_json
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,9 @@ def test_tcp_works_alike(w: World, where: str) -> None:
 
 def test_libc_resolves_through_it(w: World) -> None:
     w.gateway.rules["pypi.test"] = decision()
-    script = "import socket,sys; print(sorted({a[4][0] for a in socket.getaddrinfo(sys.argv[1], 1)}))"
+    script = (
+        "import socket,sys; print(sorted({a[4][0] for a in socket.getaddrinfo(sys.argv[1], 1)}))"
+    )
     assert w.python(script, "pypi.test") == "['192.0.2.10', '192.0.2.11', '2001:db8::10']\n"
 
 
@@ -239,8 +242,8 @@ s.sendto(bytes.fromhex(sys.argv[1]), ("10.77.0.2", 53))
 try: print(s.recv(4096).hex())
 except TimeoutError: print("nothing")
 """
-HEAD = "1234" "0100" "0001" "0000" "0000" "0000"
-NAME = "04" "70797069" "04" "74657374" "00"
+HEAD = "123401000001000000000000"
+NAME = "0470797069047465737400"
 FORMERR, NOTIMP, REFUSED = 1, 4, 5
 
 
@@ -283,6 +286,40 @@ def test_the_same_query_written_properly_is_answered(w: World) -> None:
     w.gateway.rules["pypi.test"] = decision()
     answer = w.python(RAW, HEAD + NAME + "00010001").strip()
     assert answer[:4] == "1234" and int(answer[6:8], 16) & 15 == 0
+
+
+def test_an_opaque_connection_is_decided_by_the_name_that_was_asked_for(w: World) -> None:
+    """ssh to a name: the bytes say no name, our resolver said which one has this address."""
+    w.gateway.rules.update({"opaque.test": decision(), PEER4: decision()})
+    script = (
+        "import socket, sys\n"
+        "s = socket.create_connection((sys.argv[1], 22), 5)\n"
+        "s.sendall(b'SSH-2.0-x\\r\\n'); print(s.recv(9))\n"
+    )
+    assert w.python(script, "opaque.test") == "b'220 speak'\n"
+    (asked,) = [a["action"] for a in w.gateway.asked if a["action"]["kind"] == "net.connect"]
+    assert asked["target"] == f"{PEER4}:22"
+    assert asked["attributes"]["answered"] == "opaque.test"
+    assert asked["attributes"]["addresses"] == [PEER4]
+
+
+def test_a_name_that_another_run_asked_for_says_nothing_of_this_one(w: World) -> None:
+    for run in ("second", "third"):
+        w.gateway.set_run(run_json(w.lab, run, state="running"))
+    w.peer.zone["opaque.test", "AAAA"] = [PEER6]
+    w.gateway.rules.update({"opaque.test": decision(), PEER6: decision()})
+    w.python("import socket; socket.getaddrinfo('opaque.test', 1)", run="second")
+    connect = (
+        "import socket\n"
+        f"s = socket.create_connection(('{PEER6}', 22), 5)\n"
+        "s.sendall(b'SSH-2.0-x\\r\\n'); print(s.recv(9))\n"
+    )
+    assert w.python(connect, run="third") == w.python(connect, run="second") == "b'220 speak'\n"
+    asked = [a for a in w.gateway.asked if a["action"]["kind"] == "net.connect"]
+    assert [(a["run"], a["action"]["attributes"].get("answered")) for a in asked] == [
+        ("third", None),
+        ("second", "opaque.test"),
+    ]
 
 
 def test_a_silent_tcp_client_does_not_hold_others_up(w: World) -> None:

@@ -441,7 +441,9 @@ def test_connect_to_an_allowed_host_works(w: World) -> None:
 def test_connect_to_a_denied_host_is_a_403_with_the_reason(w: World) -> None:
     done = w.curl(*PROXY, "-i", "https://denied.test/")
     assert done.returncode == 56 and "403" in done.stderr
-    told = talk(w, "127.0.0.1", 8899, "CONNECT denied.test:443 HTTP/1.1\\r\\nHost: denied.test\\r\\n\\r\\n")
+    told = talk(
+        w, "127.0.0.1", 8899, "CONNECT denied.test:443 HTTP/1.1\\r\\nHost: denied.test\\r\\n\\r\\n"
+    )
     assert told["out"].startswith("HTTP/1.1 403 Forbidden\r\n") and "test/deny" in told["out"]
     assert w.peer.seen == []
 

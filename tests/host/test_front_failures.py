@@ -209,9 +209,7 @@ def test_over_the_total_connections_are_reset_and_counted(w: World) -> None:
     ]
     for one in holding:
         one.wait(10)
-    assert wait_for(
-        lambda: any(r["rule"] == "<limit:max_connections>" for r in w.gateway.reports)
-    )
+    assert wait_for(lambda: any(r["rule"] == "<limit:max_connections>" for r in w.gateway.reports))
     w.gateway.rules["allowed.test"] = decision()
     assert "hello" in https(w)
 

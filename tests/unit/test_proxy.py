@@ -490,7 +490,9 @@ def test_no_text_breaks_the_readers_of_host_files(text: str) -> None:
 
 class Table:
     def __init__(self, **runs: int) -> None:
-        self._runs = {cgroup: Run(id=name, agent="a", user="u", uid=1) for name, cgroup in runs.items()}
+        self._runs = {
+            cgroup: Run(id=name, agent="a", user="u", uid=1) for name, cgroup in runs.items()
+        }
 
     def by_cgroup(self, cgroup_id: int) -> Run | None:
         return self._runs.get(cgroup_id)

@@ -103,9 +103,7 @@ def test_an_answer_that_does_not_fit_is_cut_and_says_so() -> None:
     query = dns.message.from_wire(wire())
     answer = dns.message.make_response(query)
     answer.answer = [
-        dns.rrset.from_text_list(
-            "abc.test.", 1, "IN", "A", [f"192.0.2.{i}" for i in range(100)]
-        )
+        dns.rrset.from_text_list("abc.test.", 1, "IN", "A", [f"192.0.2.{i}" for i in range(100)])
     ]
     cut = dns.message.from_wire(to_wire(answer, query, udp=True))
     assert cut.flags & dns.flags.TC and not cut.answer
@@ -211,9 +209,7 @@ def test_a_run_with_too_many_queries_in_flight_is_refused(tmp_path: Path) -> Non
     most = forwarder.IN_FLIGHT_PER_RUN
 
     async def act(f: Forwarder) -> Any:
-        return await asyncio.gather(
-            *(f.answer(wire(), CLIENT, udp=True) for _ in range(most + 5))
-        )
+        return await asyncio.gather(*(f.answer(wire(), CLIENT, udp=True) for _ in range(most + 5)))
 
     answers, reports = serve(tmp_path, Brain(seconds=0.2), act)
     codes = [rcode(a) for a in answers]

@@ -216,7 +216,9 @@ def test_no_bytes_after_a_record_header_break_the_sniffer(data: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=300)
-def test_a_changed_hello_is_a_hello_or_malformed_and_never_another_name(data: st.DataObject) -> None:
+def test_a_changed_hello_is_a_hello_or_malformed_and_never_another_name(
+    data: st.DataObject,
+) -> None:
     """Any change outside the name leaves the name as it is, or is refused."""
     original = CORPUS["alpn"]
     at = data.draw(st.integers(0, len(original) - 1))
