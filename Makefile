@@ -8,6 +8,9 @@ unexport PYTHONPATH PYTHONHOME PYENV_ROOT PYENV_VERSION VIRTUAL_ENV
 
 PYTEST := $(PYTHON) -m pytest --durations=10 -ra
 
+# Guests under emulation take minutes: they belong to lab-full.
+LAB := tests/lab --ignore=tests/lab/qemu
+
 .PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench deps clean
 
 build: deps
@@ -21,7 +24,7 @@ deb: build
 	packaging/build-deb dist
 
 test: build deb
-	$(PYTEST) tests/unit tests/host tests/lab
+	$(PYTEST) tests/unit tests/host $(LAB)
 
 test-unit: deps
 	$(PYTEST) tests/unit
@@ -30,12 +33,12 @@ test-host: build
 	$(PYTEST) tests/host
 
 test-lab: deb
-	$(PYTEST) tests/lab
+	$(PYTEST) $(LAB)
 
 # What takes longer: whole guests with Debian's own kernels.
 lab-full: deb
 	@packaging/install-packages packaging/packages-full.txt
-	$(PYTEST) tests/lab/qemu
+	$(PYTEST) tests/full tests/lab/qemu
 
 demo: deb
 	$(PYTHON) -m tests.lab.demo
