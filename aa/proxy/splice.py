@@ -11,11 +11,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-PIPE_BYTES = 1 << 18
+PIPE_BYTES = 1 << 20
 """Wanted size of a pipe. Over the kernel's soft limit of pages per user they stay smaller."""
-FREE_PIPES = 64
+FREE_PIPES = 16
 """Empty pipes that are kept. A connection holds one only while bytes are in it."""
-ROUNDS = 4
+ROUNDS = 2
 """Fills of one pipe before the loop serves somebody else."""
 BULK = 1 << 15
 """A fill of fewer bytes than this has most likely emptied the socket."""
