@@ -13,12 +13,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aa import paths
 from aa.model import AGENT_LAYERS, Layer
 from aa.tomlfile import Document, InvalidFile, Problem, schema, validate
 from aa.tomlfile import load as load_toml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 AGENT_FILES_LIMIT = 1000
@@ -37,7 +40,7 @@ GUARDED_FOLDERS = tuple(
 ) + ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/run", "/sbin", "/sys", "/usr", "/var/log")
 """Never writable for a run, nor anything in them or around them."""
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True)

@@ -362,9 +362,7 @@ def weigh_rules(pairs: Sequence[Pair], files: int, default: str) -> Verdict:
     return Verdict(Effect(default), "<default>")
 
 
-def weigh_network(
-    q: NetworkQuestion, pairs: Sequence[Pair], files: int, default: str
-) -> Verdict:
+def weigh_network(q: NetworkQuestion, pairs: Sequence[Pair], files: int, default: str) -> Verdict:
     """The same for a connection to one address, with the guard list.
 
     A rule with cidrs alone allows bare addresses; for a connection by name it can
@@ -445,7 +443,9 @@ def _always(verdict: Verdict) -> Weigh:
 def _strictest(files: Iterable[PolicyFile]) -> Mapping[Section, str]:
     applicable = list(files)
     return {
-        section: min((f.default(section) for f in applicable), key=_STRICTNESS.index, default="deny")
+        section: min(
+            (f.default(section) for f in applicable), key=_STRICTNESS.index, default="deny"
+        )
         for section in Section
     }
 
@@ -519,9 +519,7 @@ def _from_target(target: str, host: Json, port: Json) -> tuple[Json, Json]:
     return named if host is None else host, number if port is None else port
 
 
-def _same_target(
-    target: str, name: str, port: int, places: Sequence[Place] | None
-) -> None:
+def _same_target(target: str, name: str, port: int, places: Sequence[Place] | None) -> None:
     """What is recorded must be what is decided."""
     written, number = _split_target(target)
     host = canonical_host(written)
@@ -675,9 +673,7 @@ def _network_steps(
             yield Step("<guard-list>", "deny", True, why)
 
 
-def _dns_steps(
-    files: Sequence[PolicyFile], rules: Sequence[Rule], name: str
-) -> Iterable[Step]:
+def _dns_steps(files: Sequence[PolicyFile], rules: Sequence[Rule], name: str) -> Iterable[Step]:
     for rule in rules:
         matched = _names(rule, name)
         why = f"its hosts match {name}" if matched else f"its hosts do not match {name}"
@@ -693,6 +689,4 @@ def _default_steps(view: View, section: Section, decision: Decision) -> Iterable
         if f.mode is Mode.OBSERVE:
             why += " (observe)"
         used = decision.rule == "<default>"
-        yield Step(
-            f"{f.id}/<default>", f.default(section), used, why, f.path, f.line(section)
-        )
+        yield Step(f"{f.id}/<default>", f.default(section), used, why, f.path, f.line(section))

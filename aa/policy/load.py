@@ -47,9 +47,7 @@ REVISION_LENGTH = 120
 """Characters of a revision; it is in every record."""
 
 
-def load(
-    source: Path | Iterable[Path], *, owners: Collection[int] | None = None
-) -> Policy:
+def load(source: Path | Iterable[Path], *, owners: Collection[int] | None = None) -> Policy:
     """Reads a folder's `*.toml` files, or the files given, as one policy.
 
     An empty folder is a policy without files, which denies everything. Raises
@@ -169,9 +167,7 @@ def _writable(document: Document, problems: list[Problem]) -> tuple[str, ...] | 
     return None if folders is None else tuple(folders)
 
 
-def _rules(
-    document: Document, policy: str, number: int, problems: list[Problem]
-) -> Iterator[Rule]:
+def _rules(document: Document, policy: str, number: int, problems: list[Problem]) -> Iterator[Rule]:
     seen: set[str] = set()
     for index, written in enumerate(document.data.get("rule", ())):
         path: KeyPath = ("rule", index)
@@ -233,9 +229,7 @@ def _network(mark: _Mark, written: Mapping[str, Json], effect: Effect) -> Networ
     hosts = tuple(_hosts(mark, written))
     ranges = tuple(_ranges(mark, written.get("cidrs", ())))
     if "hosts" not in written and "cidrs" not in written:
-        mark.problem(
-            ("network",), "names neither hosts nor cidrs", 'hosts = ["**"] is every name'
-        )
+        mark.problem(("network",), "names neither hosts nor cidrs", 'hosts = ["**"] is every name')
         return None
     ports = frozenset(written["ports"]) if "ports" in written else None
     if ports is None and effect is not Effect.DENY:

@@ -50,7 +50,9 @@ def test_rule_that_another_repeats_adds_nothing() -> None:
     wide = rule("wide", "allow", 'network = { hosts = ["**.b.example"] }')
     narrow = rule("narrow", "allow", 'network = { hosts = ["x.b.example"] }')
     more_ports = rule("ports", "allow", 'network = { hosts = ["y.b.example"], ports = [8443] }')
-    assert found(policy(wide, narrow, more_ports)) == [("advice", "p/narrow", "adds nothing to p/wide")]
+    assert found(policy(wide, narrow, more_ports)) == [
+        ("advice", "p/narrow", "adds nothing to p/wide")
+    ]
 
 
 def test_of_two_equal_rules_one_is_told() -> None:
@@ -110,7 +112,9 @@ def test_openings_that_may_not_be_meant_are_told() -> None:
 def test_the_same_as_denials_are_not_told() -> None:
     every = rule("every", "deny", 'network = { hosts = ["**"], ports = [22] }')
     loop = rule("loop", "deny", 'network = { cidrs = ["127.0.0.0/8", "0.0.0.0/0"] }')
-    opaque = rule("o", "allow", 'network = { hosts = ["g.example"], ports = [22], protocol = "opaque" }')
+    opaque = rule(
+        "o", "allow", 'network = { hosts = ["g.example"], ports = [22], protocol = "opaque" }'
+    )
     assert "every name" not in messages(policy(every))
     assert "opens" not in messages(policy(loop))
     assert found(policy(opaque)) == []

@@ -76,7 +76,9 @@ def test_the_page_names_every_operator_and_what_is_not_built() -> None:
     assert all(f"`{operator}`" in text for operator in OPERATORS)
     rule = schema("policy")["properties"]["rule"]["items"]["properties"]
     absent = [n for t in (rule, rule["network"]["properties"]) for n, s in t.items() if "not" in s]
-    assert all(f"`{n}`" in text for n in absent if n not in ("dns", "inspect_limit", "redact", "record"))
+    assert all(
+        f"`{n}`" in text for n in absent if n not in ("dns", "inspect_limit", "redact", "record")
+    )
 
 
 def test_examples_of_the_configuration_page_load(tmp_path: Path) -> None:

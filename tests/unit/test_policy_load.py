@@ -103,7 +103,12 @@ def test_template_coding_agent_allows_what_coding_agents_need() -> None:
     ssh = Action(
         Kind.NET_CONNECT,
         "93.184.216.34:22",
-        {"port": 22, "protocol": "opaque", "addresses": ["93.184.216.34"], "answered": "github.com"},
+        {
+            "port": 22,
+            "protocol": "opaque",
+            "addresses": ["93.184.216.34"],
+            "answered": "github.com",
+        },
     )
     assert policy.decide(RUN, connect("api.anthropic.com:443"), now=0).permits
     assert policy.decide(RUN, ssh, now=0).permits
@@ -139,7 +144,12 @@ def test_template_locked_down_allows_nothing() -> None:
         (HEAD + "applies_to = {}\n", 3, "policy.applies_to", "empty table"),
         (HEAD + "applies_to = { agents = [] }\n", 3, "policy.applies_to.agents", "empty list"),
         (HEAD + 'applies_to = { agent = ["a"] }\n', 3, "policy.applies_to.agent", "unknown key"),
-        (HEAD + 'applies_to = { agents = ["a*"] }\n', 3, "policy.applies_to.agents[0]", "not valid"),
+        (
+            HEAD + 'applies_to = { agents = ["a*"] }\n',
+            3,
+            "policy.applies_to.agents[0]",
+            "not valid",
+        ),
         (HEAD + "default = {}\n", 3, "policy.default", "empty table"),
         (HEAD + 'default = { net = "deny" }\n', 3, "policy.default.net", "unknown key"),
         (HEAD + 'default = { network = "alow" }\n', 3, "policy.default.network", "not one of"),
@@ -150,7 +160,12 @@ def test_template_locked_down_allows_nothing() -> None:
         (HEAD + '[[rule]]\nid = "r"\ntool = { names = ["a"] }\n', 3, "rule[0]", "'effect'"),
         (rule("", more="efect = 'deny'\n"), 6, "rule[0].efect", "unknown key"),
         (rule(""), 3, "rule[0]", "no matcher"),
-        (rule('tool = { names = ["a"] }\nnetwork = { hosts = ["b"] }'), 3, "rule[0]", "two matchers"),
+        (
+            rule('tool = { names = ["a"] }\nnetwork = { hosts = ["b"] }'),
+            3,
+            "rule[0]",
+            "two matchers",
+        ),
         (rule("tool = {}"), 6, "rule[0].tool", "'names' is missing"),
         (rule("tool = { names = [] }"), 6, "rule[0].tool.names", "empty list"),
         (rule("tool = { names = ['a', 'a'] }"), 6, "rule[0].tool.names", "twice"),
@@ -159,12 +174,22 @@ def test_template_locked_down_allows_nothing() -> None:
         (rule("network = { hosts = 'a' }"), 6, "rule[0].network.hosts", "must be a list"),
         (rule("network = { ports = [443] }"), 6, "rule[0].network", "neither hosts nor cidrs"),
         (rule("network = { hosts = ['a'], ports = [] }"), 6, "rule[0].network.ports", "empty list"),
-        (rule("network = { hosts = ['a'], ports = [0] }"), 6, "rule[0].network.ports[0]", "below 1"),
+        (
+            rule("network = { hosts = ['a'], ports = [0] }"),
+            6,
+            "rule[0].network.ports[0]",
+            "below 1",
+        ),
         (rule("network = { hosts = ['a'], cidrs = [] }"), 6, "rule[0].network.cidrs", "empty list"),
         (rule("network = { hosts = ['a'], wide = false }"), 6, "rule[0].network.wide", ""),
         (rule("network = { hosts = ['a'], wide = true }"), 6, "rule[0].network.wide", "nothing"),
         (rule("network = { hosts = ['a'], port = [1] }"), 6, "rule[0].network.port", "unknown key"),
-        (rule("", more="reason = 'a\\tb'\n").replace("'a\\tb'", '"a\\tb"'), 6, "rule[0].reason", ""),
+        (
+            rule("", more="reason = 'a\\tb'\n").replace("'a\\tb'", '"a\\tb"'),
+            6,
+            "rule[0].reason",
+            "",
+        ),
         ("[sandbox]\nwritable = []\n" + HEAD, 2, "sandbox.writable", "empty list"),
         ("[sandbox]\nwritable = ['/etc']\n" + HEAD, 2, "sandbox.writable[0]", "would open"),
         ("[sandbox]\nwritable = ['src']\n" + HEAD, 2, "sandbox.writable[0]", "neither absolute"),
@@ -190,7 +215,7 @@ def test_mistakes_name_line_and_key(text: str, line: int, key: str, words: str) 
         (rule('file = { paths = ["/etc/shadow"] }'), "rule[0].file"),
         (rule('mcp = { servers = ["a"] }'), "rule[0].mcp"),
         (rule('llm = { providers = ["a"] }'), "rule[0].llm"),
-        (rule('inbound = { ports = [1] }'), "rule[0].inbound"),
+        (rule("inbound = { ports = [1] }"), "rule[0].inbound"),
         (rule('tool = { names = ["a"] }\nwhen = { days = ["mon"] }'), "rule[0].when"),
         (rule('tool = { names = ["a"] }\napprove = { by = ["x"] }'), "rule[0].approve"),
         ("[sandbox]\nuser_namespaces = 'deny'\n" + HEAD, "sandbox.user_namespaces"),
@@ -402,7 +427,8 @@ def test_too_many_files_are_refused(tmp_path: Path) -> None:
 
 def test_too_many_rules_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = "".join(
-        f'[[rule]]\nid = "r{n}"\neffect = "allow"\ntool = {{ names = ["t{n}"] }}\n' for n in range(11)
+        f'[[rule]]\nid = "r{n}"\neffect = "allow"\ntool = {{ names = ["t{n}"] }}\n'
+        for n in range(11)
     )
     monkeypatch.setattr(sys.modules["aa.policy.load"], "RULES_LIMIT", 10)
     with pytest.raises(InvalidFile, match="11 rules, more than 10"):
@@ -430,9 +456,37 @@ def test_revision_stays_short() -> None:
 # -- bad input ---------------------------------------------------------------------------------
 
 words = st.sampled_from(
-    ["[policy]", 'id = "p"', "[[rule]]", 'effect = "allow"', "network = {", "hosts = [", '"a.b"', "]", "}"]
-    + ["tool = {", "names = [", '"x*"', "args = {", "a = {", "gt = 1", "\n", ",", '"\\u0000"', "[sandbox]"]
-    + ['writable = ["."]', "ports = [443]", 'cidrs = ["10.0.0.0/8"]', "default = {", "[[limit]]", "#"]
+    [
+        "[policy]",
+        'id = "p"',
+        "[[rule]]",
+        'effect = "allow"',
+        "network = {",
+        "hosts = [",
+        '"a.b"',
+        "]",
+        "}",
+    ]
+    + [
+        "tool = {",
+        "names = [",
+        '"x*"',
+        "args = {",
+        "a = {",
+        "gt = 1",
+        "\n",
+        ",",
+        '"\\u0000"',
+        "[sandbox]",
+    ]
+    + [
+        'writable = ["."]',
+        "ports = [443]",
+        'cidrs = ["10.0.0.0/8"]',
+        "default = {",
+        "[[limit]]",
+        "#",
+    ]
 )
 
 
@@ -449,7 +503,9 @@ def test_any_text_is_a_policy_or_refused_and_never_crashes(text: str) -> None:
 
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 

@@ -53,7 +53,9 @@ def networks(draw: st.DrawFn) -> str:
 def tools(draw: st.DrawFn) -> str:
     args = ""
     if draw(st.booleans()):
-        operator = draw(st.sampled_from(["gt = 3", "lt = 3", "eq = 3", 'ne = "x"', "exists = true"]))
+        operator = draw(
+            st.sampled_from(["gt = 3", "lt = 3", "eq = 3", 'ne = "x"', "exists = true"])
+        )
         args = f", args = {{ n = {{ {operator} }} }}"
     return f"tool = {{ names = {toml_list(draw(some(NAMES)))}{args} }}"
 
@@ -176,9 +178,7 @@ def test_adding_an_allow_never_allows_what_a_deny_names(
 
 @examples
 @given(files(), runs, actions())
-def test_explain_and_decide_agree(
-    written: dict[str, list[str]], run: Run, action: Action
-) -> None:
+def test_explain_and_decide_agree(written: dict[str, list[str]], run: Run, action: Action) -> None:
     policy = policy_of(written)
     decision = policy.decide(run, action, now=0.0)
     explanation = policy.explain(run, action, now=0.0)
