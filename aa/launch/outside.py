@@ -13,7 +13,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from aa.launch.sandbox import HIDDEN, INACCESSIBLE, PRIVATE_FOLDERS, is_below
+from aa.launch.landlock import PRIVATE_FOLDERS
+from aa.launch.sandbox import HIDDEN, INACCESSIBLE, is_below
 
 UNIX_SOCKETS = Path("/proc/1/net/unix")
 """Those of the host's network namespace, whatever ours is."""
