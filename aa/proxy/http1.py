@@ -33,6 +33,8 @@ CHUNK_HEAD_LIMIT = 1 << 14
 BODY_READ = 1 << 16
 SURPLUS_LIMIT = 1 << 20
 """Bytes behind the request (pipelined ones) that are read away so that the answer is not reset."""
+CLOSED_SECONDS = 60.0
+"""How long an answer may pause once the client closed its half: it may not be there any more."""
 SURPLUS_SECONDS = 15.0
 """How long an answer may pause once the client sent more than its one request."""
 
@@ -228,8 +230,9 @@ class Exchange:
             except OSError as e:
                 self._abort(f"client: {e.strerror}")
                 return
-            if not data:
-                return  # it may well wait for the answer with its half closed
+            if not data:  # it may well wait for the answer with its half closed, or be gone
+                self.idle.shorten(CLOSED_SECONDS)
+                return
             left -= len(data)
             self.idle.shorten(SURPLUS_SECONDS)
 
