@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "policy": ("aa.cli.policy:policy", "Check, show, explain, choose and reload the policy."),
     "audit": ("aa.cli.audit:audit", "Read the audit log."),
     "proxy": ("aa.cli.proxy:proxy", "Start, stop and look at the proxy."),
+    "ca": ("aa.cli.ca:ca", "Show and renew this host's certificate authority."),
     "call": ("aa.cli.call:call", "Call a method of one of the services, as JSON."),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from aa.cli.ca import install_ca, uninstall_ca
 from aa.cli.errors import NOT_PERMITTED, NOT_RUNNING, Failure
 from aa.cli.output import json_option, print_json, print_table
 from aa.cli.units import systemctl, unit_states
@@ -168,3 +169,7 @@ def logs(lines: int, follow: bool) -> None:
     """Show what the proxy and the redirect log."""
     command = ["journalctl", "-u", SERVICE, "-u", "aa-redirect.service", "-n", str(lines)]
     os.execvp(command[0], [*command, "-f"] if follow else command)
+
+
+proxy.add_command(install_ca)
+proxy.add_command(uninstall_ca)
