@@ -122,9 +122,9 @@ def _action(kind: str, target: str, attributes: str, port: int | None) -> Action
         raise Failure(f"--attributes: {e}", hint="a JSON object", code=2) from e
     if kind == Kind.NET_CONNECT.value and "host" not in given:
         host, colon, number = target.rpartition(":")
-        if not colon or not number.isdecimal():
-            host, number = target, str(port or 443)
-        given["host"] = host
+        if not colon or not number.isdecimal() or (":" in host and not host.startswith("[")):
+            host, number = (f"[{target}]" if ":" in target else target), str(port or 443)
+        given["host"] = host.removeprefix("[").removesuffix("]")
         given["port"] = int(number)
         target = f"{host}:{number}"
     return Action(Kind(kind), target, given)
