@@ -213,7 +213,7 @@ def test_a_run_that_ignores_the_hangup_is_stopped_after_a_grace(box: Container) 
 
 
 def test_what_a_run_leaves_behind_ends_with_it(box: Container) -> None:
-    run(box, "setsid sleep 4321 & exit 3").code == 3
+    assert run(box, "setsid sleep 4321 & exit 3").code == 3
     assert box.raw(["pgrep", "-f", "sleep 4321"]).code != 0
     assert not units(box)
 
@@ -341,6 +341,21 @@ def test_a_layer_that_says_nothing_keeps_the_program_from_running(box: Container
     done = run(box, ["touch", "ran"], options=["--agent", "watched"])
     assert done.code == 125
     assert "ebpf" in done.err and done.seconds < 15
+    assert box.raw(["test", "-e", f"{WORK}/ran"]).code != 0
+
+
+def test_a_launch_that_dies_before_the_go_ahead_leaves_nothing_running(box: Container) -> None:
+    box.raw(["rm", "-f", f"{WORK}/ran"]).check()
+    argv = ["aasm", "run", "--agent", "proxied", "--", "touch", "ran"]
+    process = box.popen(argv, user="dev", cwd=WORK, stderr=-1, text=True)
+    run_id = starting(box)
+    box.systemctl("kill", "--signal=KILL", "aa-launch").check()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 125 and "aa-launch went away" in said
+    for component in ("redirect", "proxy"):  # too late for it
+        told = json.dumps({"run": run_id, "component": component, "ok": True, "reason": ""})
+        box.run(["aasm", "call", "io.agentassembly.Enforce.ConfirmRun", told])
+    eventually(lambda: not units(box) and not runs(box), what="the run is over")
     assert box.raw(["test", "-e", f"{WORK}/ran"]).code != 0
 
 
