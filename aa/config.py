@@ -13,15 +13,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aa import paths
 from aa.model import AGENT_LAYERS, Layer
 from aa.tomlfile import Document, InvalidFile, Problem, schema, validate
 from aa.tomlfile import load as load_toml
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 AGENT_FILES_LIMIT = 1000
@@ -40,7 +37,7 @@ GUARDED_FOLDERS = tuple(
 ) + ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/run", "/sbin", "/sys", "/usr", "/var/log")
 """Never writable for a run, nor anything in them or around them."""
 
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +242,7 @@ def _agent_files(folder: Path, problems: list[Problem]) -> list[Path]:
 def _table(kind: type[T], values: Mapping[str, Any]) -> T:
     """A section as its dataclass: lists become tuples, and values the type of the default."""
     converted: dict[str, Any] = {}
-    for f in fields(kind):
+    for f in fields(cast(Any, kind)):
         if f.name in values:
             value = values[f.name]
             if isinstance(value, list):
