@@ -135,14 +135,15 @@ class Sniffer:
 
     def end(self, why: str) -> Finding:
         """No more bytes come in time. Says what to take the bytes for that are here."""
-        if self.finding is not None:
-            return self.finding
-        if self.protocol is None or self.protocol is Protocol.OPAQUE:
-            self.finding = Opaque()
-        else:
-            what = "ClientHello" if self.protocol is Protocol.TLS else "HTTP request head"
-            self.finding = Malformed(self.protocol, f"the {what} is not complete: {why}")
+        if self.finding is None:
+            self.finding = self._unfinished(why)
         return self.finding
+
+    def _unfinished(self, why: str) -> Finding:
+        if self.protocol is None or self.protocol is Protocol.OPAQUE:
+            return Opaque()
+        what = "ClientHello" if self.protocol is Protocol.TLS else "HTTP request head"
+        return Malformed(self.protocol, f"the {what} is not complete: {why}")
 
     def _look(self) -> Finding | None:
         if self.protocol is None:

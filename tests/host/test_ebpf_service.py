@@ -184,7 +184,12 @@ def test_equal_events_become_one_record_with_a_count(world: World, gateway: Gate
     with service(world, gateway):
         run = begin(world, gateway, world.local)
         world.do(run, "/bin/sh", "-c", "i=0; while [ $i -lt 40 ]; do /bin/true same; i=$((i+1)); done")
-        same = lambda: [r for r in gateway.reports if r.target == "/bin/true" and r.kind is Kind.EXEC]
+
+        def same() -> list[Report]:
+            return [
+                r for r in gateway.reports if r.target == "/bin/true" and r.kind is Kind.EXEC
+            ]
+
         assert eventually(lambda: sum(r.count for r in same()) >= 40)
         assert sum(r.count for r in same()) == 40
         assert len(same()) < 5
@@ -202,7 +207,10 @@ def test_a_refusal_is_a_record_with_run_rule_and_exact_count(
         run = begin(world, gateway, world.proxied)
         world.python(run, code, SERVER4)
         target = f"{SERVER4}:8861"
-        refusals = lambda: [r for r in gateway.reports if r.target == target and r.effect]
+
+        def refusals() -> list[Report]:
+            return [r for r in gateway.reports if r.target == target and r.effect]
+
         assert eventually(lambda: sum(r.count for r in refusals()) >= 3000)
         assert sum(r.count for r in refusals()) == 3000
         record = refusals()[0]
