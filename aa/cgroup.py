@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from aa.paths import AGENTS_SLICE, CGROUP_ROOT
-
 
 UNIFIED_FIX = (
     "boot with systemd.unified_cgroup_hierarchy=1 on the kernel command line "
@@ -17,12 +15,6 @@ UNIFIED_FIX = (
 
 class NoUnifiedCgroup(Exception):
     """The host mounts cgroup v1 or hybrid hierarchies; says how to mend it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cgroup:
-    path: str  # below the cgroup2 root, without a leading slash
-    id: int
 
 
 def require_unified(root: Path = CGROUP_ROOT) -> None:

@@ -1,7 +1,7 @@
 """Reads the packets that the firewall logs to an NFLOG group, with who sent them as far as it says.
 
-The kernel hands each packet over at once; what the socket cannot hold is lost there,
-and `NflogReader.overflows` counts how often that happened.
+The kernel hands each packet over at once; what the socket cannot hold is lost there.
+Who needs to know compares with the firewall's own counters.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ class NflogReader:
 
     def __init__(self, group: int) -> None:
         self.group = group
-        self.overflows = 0
         self.malformed = 0
         self.drained = True
         self._socket = socket.socket(
@@ -131,7 +130,6 @@ class NflogReader:
             except OSError as e:
                 if e.errno != errno.ENOBUFS:
                     raise NflogError(f"NFLOG group {self.group}: {e}") from e
-                self.overflows += 1
                 continue
             if sender[0] == 0:
                 logged += self._take(data)

@@ -217,7 +217,6 @@ class Session:
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._end: dict[str, Any] | None = None
-        self._hung_up = False
 
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):

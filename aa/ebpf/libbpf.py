@@ -22,10 +22,6 @@ LOG_LINES = 40
 """Lines of libbpf's and the verifier's log that are kept for error texts."""
 LOG_LINE_BYTES = 4096
 
-LINK_RAW_TRACEPOINT = 1  # enum bpf_link_type, linux/bpf.h
-LINK_TRACING = 2
-LINK_CGROUP = 3
-
 _ANY = 0  # BPF_ANY
 _WARN = 0  # LIBBPF_WARN
 

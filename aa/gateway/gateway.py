@@ -135,7 +135,7 @@ class Gateway:
         if run is None:
             decision = deny("this process belongs to no known run", rule="<unknown-run>")
             return self._record_decision(Subject(run_id), layer, action, decision)
-        if self._over_rate(run, layer):
+        if self._over_rate(run):
             limit = self.config.gateway.decisions_per_second
             return deny(
                 f"run {run.id} asks for more than {limit} decisions a second; slow down, or raise "
@@ -196,7 +196,7 @@ class Gateway:
             return None
         return Run(run_id, "", name, user.pw_uid, user.pw_dir, frozenset((Layer.PROXY,)))
 
-    def _over_rate(self, run: Run, layer: Layer) -> bool:
+    def _over_rate(self, run: Run) -> bool:
         limit = float(self.config.gateway.decisions_per_second)
         now = time.monotonic()
         rate = self._rates.setdefault(run.id, Rate(limit, now))

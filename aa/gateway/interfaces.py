@@ -42,8 +42,6 @@ MAX_LINES = 10_000
 MAX_RUN_VALUES = 4096
 """Arguments of a run that are kept; a longer command line is refused."""
 
-Functions = dict[str, Method]
-
 
 def _typed_errors(interface: str, function: Callable[..., Any]) -> Method:
     """Turns the gateway's exceptions into the interface's errors."""

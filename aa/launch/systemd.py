@@ -116,10 +116,6 @@ class UnitState:
     def over(self) -> bool:
         return self.active in ("inactive", "failed")
 
-    @property
-    def main_over(self) -> bool:
-        return self.exit_code is not None or self.signal is not None
-
 
 def marshalled(properties: Properties) -> list[tuple[int, Any]]:
     """Properties as sd-bus wants them: an array of structs of a name and a variant."""

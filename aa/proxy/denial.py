@@ -65,11 +65,6 @@ def http_answer(refusal: Refusal, *, accept: bytes = b"", head_only: bool = Fals
     return head.encode("ascii") + (b"" if head_only else body)
 
 
-def one_line(refusal: Refusal) -> str:
-    """For records and logs."""
-    return f"{refusal.decision.reason} [{refusal.decision.rule}]"
-
-
 def _wants_json(accept: bytes) -> bool:
     kinds = [part.split(b";")[0].strip().lower() for part in accept.split(b",")]
     return b"application/json" in kinds and b"text/html" not in kinds

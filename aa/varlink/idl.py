@@ -7,13 +7,12 @@ says, are errors: a typo must not be a silent default.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NoReturn
 
 Json = Any
-Check = Callable[[Json], bool]
 
 
 class IdlError(ValueError):
@@ -51,10 +50,6 @@ class Interface:
     def wrong_parameter(self, method: str, parameters: Mapping[str, Json]) -> str | None:
         """The name of the first parameter of a call that does not fit, or None."""
         return self._wrong(self.methods[method].parameters, parameters)
-
-    def wrong_reply(self, method: str, reply: Mapping[str, Json]) -> str | None:
-        """The same for a reply."""
-        return self._wrong(self.methods[method].reply, reply)
 
     def _wrong(self, struct: Type, values: Mapping[str, Json]) -> str | None:
         for name in values:

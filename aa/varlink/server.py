@@ -248,7 +248,6 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._reading = True
-        self._peer_finished = False
         self._loop.add_reader(sock, self._readable)
 
     def close(self) -> None:

@@ -12,11 +12,9 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -414,11 +412,3 @@ def notify_socket(path: Path) -> Iterator[socket.socket]:
 def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
     process.send_signal(number)
     return process.wait(COMMAND_SECONDS)
-
-
-def have(tool: str) -> bool:
-    return shutil.which(tool) is not None
-
-
-if sys.platform != "linux":
-    raise ImportError("these are Linux namespaces")

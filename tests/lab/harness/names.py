@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BOX_V4, BOX_V6 = "10.77.0.1", "fd77::1"
 ORIGINS_V4, ORIGINS_V6 = "10.77.0.2", "fd77::2"
-NETWORK_V4, NETWORK_V6 = "10.77.0.0/24", "fd77::/64"
 
 API = "api.allowed.test"
 GIT = "git.allowed.test"

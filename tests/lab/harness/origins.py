@@ -160,7 +160,7 @@ class Certificates:
         self.default.sni_callback = self._choose
 
     def _choose(self, connection: ssl.SSLObject, sni: str | None, _: ssl.SSLContext) -> None:
-        setattr(connection, "lab_sni", sni)
+        connection.lab_sni = sni
         if sni in self._contexts:
             connection.context = self._contexts[sni]
 
