@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,19 +166,4 @@ class Refusals:
         counted, self._counted = self._counted, {}
         for one in counted.values():
             if one.more:
-                first = one.report
-                self.report(
-                    Report(
-                        type=first.type,
-                        layer=first.layer,
-                        kind=first.kind,
-                        target=first.target,
-                        time=time.time_ns(),
-                        run=first.run,
-                        effect=first.effect,
-                        rule=first.rule,
-                        reason=first.reason,
-                        count=one.more,
-                        attributes=first.attributes,
-                    )
-                )
+                self.report(replace(one.report, time=time.time_ns(), count=one.more))
