@@ -44,8 +44,11 @@ def resolve(config: Config, caller_uid: int, parameters: Mapping[str, Any]) -> R
     caller = _user_of(caller_uid)
     agent = _agent(config, parameters.get("agent"), parameters["argv"])
     user = _named(parameters.get("user") or agent.user or caller.pw_name)
+    # Asking for groups takes several round trips to the user database: only where it matters.
+    by_group = any(who.startswith("@") for p in config.launch.permissions for who in p.users)
+    groups = group_names(caller) if by_group else frozenset()
     if not config.launch.permits(
-        caller=caller.pw_name, groups=group_names(caller), agent=agent.name, user=user.pw_name
+        caller=caller.pw_name, groups=groups, agent=agent.name, user=user.pw_name
     ):
         raise NotPermitted(
             f"{caller.pw_name} may not run the agent {agent.name} as {user.pw_name}; "
@@ -111,6 +114,8 @@ def refuse_command(argv: tuple[str, ...], agent: Agent) -> None:
 
 def kept_groups(agent: Agent, user: pwd.struct_passwd) -> tuple[int, ...]:
     """The groups that the agent's file allows, as far as the user is in them."""
+    if not agent.groups:
+        return ()
     own = set(os.getgrouplist(user.pw_name, user.pw_gid))
     allowed = set()
     for name in agent.groups:
