@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ LAUNCH = "io.agentassembly.Launch"
 
 MAX_STARTING = 32
 """Runs that are between request and program; a further one is refused."""
+MAX_STARTING_PER_CALLER = 8
+"""Of these, for one user: one user cannot keep the others from starting."""
 MAX_ENDS = 512
 """Ended runs whose end can still be waited for."""
 LAST_SIGNAL = 64
@@ -46,6 +48,8 @@ ADOPT_SECONDS = 1.0
 """What a run that another request may be starting has to become known."""
 KNOWN_SECONDS = 15.0
 """How long `Wait` waits for the first word of the gateway after a restart."""
+TELL_SECONDS = 5.0
+"""How long the end of a run is kept from its client for the gateway to record it first."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 # systemd.exec(5), "Process Exit Codes": what systemd itself could not do before the shim ran.
@@ -133,7 +137,8 @@ class Launcher:
         self._live: dict[str, Live] = {}
         self._ends: OrderedDict[str, End] = OrderedDict()
         self._callers: OrderedDict[str, tuple[int, int]] = OrderedDict()
-        self._starting = 0
+        self._starting: Counter[int] = Counter()
+        """By the caller's uid."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._known = asyncio.Event()
         self.stopping = False
@@ -148,7 +153,7 @@ class Launcher:
         return service
 
     def status_line(self) -> str:
-        return f"{len(self._live)} runs live, {self._starting} starting"
+        return f"{len(self._live)} runs live, {self._starting.total()} starting"
 
     # The methods of the interface
 
@@ -158,9 +163,14 @@ class Launcher:
     async def _start(
         self, call: Call, fds: streams.Descriptors
     ) -> AsyncIterator[dict[str, Any]]:
-        if self._starting >= MAX_STARTING:
+        caller = call.peer.uid
+        if self._starting[caller] >= MAX_STARTING_PER_CALLER:
+            raise _not_started(
+                "launch", f"{MAX_STARTING_PER_CALLER} runs of yours are starting already; try again"
+            )
+        if self._starting.total() >= MAX_STARTING:
             raise _not_started("launch", f"{MAX_STARTING} runs are starting already; try again")
-        self._starting += 1
+        self._starting[caller] += 1
         try:
             live, notes = await self._launch(call.peer, call.parameters, fds)
         except request.NotPermitted as e:
@@ -170,7 +180,7 @@ class Launcher:
         except NotStarted as e:
             raise _not_started(e.component, e.reason) from e
         finally:
-            self._starting -= 1
+            self._starting[caller] -= 1
             fds.close()
         try:
             if not live.reason:
@@ -464,14 +474,15 @@ class Launcher:
         """Tells the gateway, as often as it takes, and those who wait."""
         self._systemd.forget(live.unit)
         live.close()
-        await self._tell_end(live.run.id, end)
+        telling = asyncio.ensure_future(self._tell_end(live.run.id, end))
+        await asyncio.wait([telling], timeout=TELL_SECONDS)
+        live.ended.set_result(end)
+        await telling
         self._live.pop(live.run.id, None)
         self._ends[live.run.id] = end
         while len(self._ends) > MAX_ENDS:
             forgotten, _ = self._ends.popitem(last=False)
             self._callers.pop(forgotten, None)
-        if not live.ended.done():
-            live.ended.set_result(end)
 
     async def _tell_end(self, run: str, end: End) -> None:
         for attempt in range(1_000_000):

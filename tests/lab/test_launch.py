@@ -187,6 +187,11 @@ def test_pipes_pass_through(box: Container) -> None:
     assert (done.out, done.err) == ("LETTERS", "problem\n")
 
 
+def test_the_callers_umask_is_kept(box: Container) -> None:
+    done = box.run("umask 027; aasm run -- sh -c umask", user="dev", cwd=WORK)
+    assert done.check().out == "0027\n"
+
+
 def test_streams_that_are_closed_become_null(box: Container) -> None:
     done = box.run("aasm run -- sh -c 'cat; echo lost; ls /proc/self/fd' <&- >&-", user="dev", cwd=WORK)
     assert (done.code, done.out) == (0, "")

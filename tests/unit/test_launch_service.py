@@ -442,10 +442,30 @@ def test_who_waits_for_a_run_is_told_its_end_also_afterwards(play: Play) -> None
     play(test)
 
 
-def test_more_runs_at_once_than_the_limit_are_refused(
+def test_a_gateway_that_does_not_take_the_end_does_not_hold_up_the_client(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "MAX_STARTING", 0)
+    monkeypatch.setattr(service, "TELL_SECONDS", 0.05)
+
+    async def test(stage: Stage) -> None:
+        stage.gateway.end_refusals = 1_000_000
+        stage.play_shim(code=4)
+        _, exited = await stage.start()
+        assert exited["exit_code"] == 4 and stage.gateway.ends == []
+        restart(stage)  # a snapshot that still has it makes no second life of it
+        stage.gateway.end_refusals = 0
+        assert (await stage.ended())["exit_code"] == 4
+        await asyncio.sleep(0.2)
+        assert len(stage.gateway.ends) == 1
+
+    play(test)
+
+
+@pytest.mark.parametrize("limit", ["MAX_STARTING", "MAX_STARTING_PER_CALLER"])
+def test_more_runs_at_once_than_the_limit_are_refused(
+    play: Play, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(service, limit, 0)
 
     async def test(stage: Stage) -> None:
         with pytest.raises(VarlinkError, match="starting already"):
