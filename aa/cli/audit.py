@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from aa.audit.record import sentence
 from aa.cli.errors import Failure, control
 from aa.cli.output import COLOURS, json_option
-
-from aa.audit.record import sentence
+from aa.model import Effect, Kind, RecordType
 
 
 @click.group()
@@ -29,13 +29,28 @@ Examples:
 
 With --json each record is one line."""
 )
-@click.option("-n", "--lines", default=20, show_default=True, help="How many records to begin with.")
+@click.option(
+    "-n", "--lines", default=20, show_default=True, help="How many records to begin with."
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on with each new record.")
 @click.option("--run", help="Only records of this run.")
 @click.option("--agent", help="Only records of this agent.")
-@click.option("--decision", type=click.Choice(["allow", "deny", "ask"]), help="Only these decisions.")
-@click.option("--kind", help="Only this kind of action, for example net.connect.")
-@click.option("--type", "type_", help="Only decision, refusal, observed, lifecycle, gap or alert.")
+@click.option(
+    "--decision", type=click.Choice([e.value for e in Effect]), help="Only these decisions."
+)
+@click.option(
+    "--kind",
+    type=click.Choice([k.value for k in Kind]),
+    metavar="KIND",
+    help="Only this kind of action, for example net.connect.",
+)
+@click.option(
+    "--type",
+    "type_",
+    type=click.Choice([t.value for t in RecordType]),
+    metavar="TYPE",
+    help="Only decision, refusal, observed, lifecycle, gap or alert.",
+)
 @json_option
 def tail(lines: int, follow: bool, type_: str | None, as_json: bool, **filters: str | None) -> None:
     """Show the newest records."""

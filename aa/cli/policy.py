@@ -19,6 +19,8 @@ from aa.paths import POLICY_DIR, TEMPLATES_DIR
 
 CHOSEN = "50-template.toml"
 """The file in policy.d that `use` writes."""
+DECIDED = tuple(k for k in Kind if k not in (Kind.EXIT, Kind.RUN, Kind.GUARD))
+"""What a policy answers; the other kinds are only recorded."""
 
 
 @click.group()
@@ -138,9 +140,12 @@ Examples:
   aasm policy explain tool.call transfer_money --attributes '{"args": {"amount": 5000}}'
   aasm policy explain --files ./my-policy.d net.connect github.com:443     without the gateway
 
+KIND is net.connect (TARGET host:port), dns.query (name), tool.call (the tool), http.request,
+exec, file.open, file.unlink, file.rename, mcp.call or llm.request.
+
 Exits with 0 when the answer is allow, 1 when it is not."""
 )
-@click.argument("kind", type=click.Choice([k.value for k in Kind][:-2]))
+@click.argument("kind", type=click.Choice([k.value for k in DECIDED]), metavar="KIND")
 @click.argument("target")
 @click.option("--run", help="Ask for this run.")
 @click.option("--agent", help="Ask for an agent of this name.")
