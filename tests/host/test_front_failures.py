@@ -150,6 +150,16 @@ def test_an_upstream_that_does_not_answer_is_a_failure_at_the_deadline(w: World)
     assert 1 <= seconds < 2.5
 
 
+def test_an_address_that_does_not_answer_holds_up_the_next_only_a_little(w: World) -> None:
+    w.lab.run("ip", "neigh", "replace", "10.77.0.99", "lladdr", "02:00:00:00:00:99", "dev", "ve-c")
+    hosts = w.lab.path("/etc/hosts").read_text()
+    w.write("/etc/hosts", f"{hosts}10.77.0.99 half.test\n{PEER4} half.test\n")
+    w.gateway.rules["half.test"] = decision()
+    done, seconds = timed(lambda: w.curl("http://half.test/"))
+    assert done.stdout == "the origin says hello\n" and 0.2 < seconds < 0.9
+    assert w.gateway.reported("observed")[-1]["attributes"]["upstream"] == PEER4
+
+
 def test_an_idle_connection_is_ended(w: World) -> None:
     w.gateway.rules[PEER4] = decision()
     told = talk(w, PEER4, 9, "x", "wait")

@@ -18,13 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aa.model import Action, Kind, Report, Run, deny
+from aa.config import Proxy
+from aa.model import Action, Kind, Mode, Report, Run, deny
+from aa.proxy import connection, hostdns, http1, identify, sniff, splice
 from aa.proxy import dial as dialling
-from aa.proxy import hostdns, http1, identify, splice
+from aa.proxy import dns as forwarder
 from aa.proxy.answered import AnsweredNames
 from aa.proxy.ask import Gateway, GatewayAway, Refusals
+from aa.proxy.connection import Modes, Shared
 from aa.proxy.denial import Refusal, http_answer, tls_alert
 from aa.proxy.dial import Resolver, UpstreamFailed, address_of, dial, in_turn
+from aa.proxy.front import Front
 from aa.proxy.hostdns import HostNames, Nameservers, parse_hosts, parse_nameservers
 from aa.proxy.http1 import Exchange, check_head, outgoing_head, unwanted_upgrade
 from aa.proxy.identify import Client, Identify, Stranger
@@ -483,6 +487,68 @@ def test_an_answered_name_is_the_runs_own_and_not_for_ever(
 def test_no_text_breaks_the_readers_of_host_files(text: str) -> None:
     parse_hosts(text)
     assert 0 < len(parse_nameservers(text)) <= hostdns.NAMESERVERS_LIMIT
+
+
+# -- whether a run can rely on it
+
+
+def problem(*explicit: bool, stopping: bool = False) -> str:
+    async def main() -> str:
+        shared = Shared(*[None] * 5)  # type: ignore[list-item]
+        front = Front(shared)
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in explicit]
+        for sock, kind in zip(sockets, explicit, strict=True):
+            front.listen(sock, explicit=kind)
+        if stopping:
+            front.stop_accepting()
+        told = front.problem()
+        front.stop_accepting()
+        for sock in sockets:
+            sock.close()
+        return told
+
+    return run(main())
+
+
+def test_a_front_with_its_listeners_has_no_problem() -> None:
+    assert problem(False, True) == ""
+
+
+def test_a_front_that_stops_or_has_no_transparent_listener_says_so() -> None:
+    assert "stopping" in problem(False, True, stopping=True)
+    assert "no transparent listener" in problem(True)
+
+
+def test_a_mode_is_the_last_that_a_run_was_told() -> None:
+    modes = Modes()
+    assert not modes.enforced("run1")
+    modes.note("run1", Mode.ENFORCE)
+    assert modes.enforced("run1") and not modes.enforced("run2")
+    modes.note("run1", Mode.OBSERVE)
+    assert not modes.enforced("run1")
+
+
+# -- the document
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"| ClientHello, request head | {sniff.HELLO_LIMIT >> 10} KiB each |",
+        f"| ClientHello, request head | {sniff.HEAD_LIMIT >> 10} KiB each |",
+        f"| addresses of a name | the first {dialling.ADDRESSES_LIMIT} |",
+        f"| names in resolution, of one run | {dialling.RESOLVING_PER_RUN} | 502 |",
+        f"| resolving a name | {dialling.RESOLVE_SECONDS:g} s | 504 |",
+        f"of one run | {forwarder.IN_FLIGHT}, {forwarder.IN_FLIGHT_PER_RUN} | `REFUSED`",
+        f"of one run | {forwarder.QUERIES_PER_SECOND:g} a second, "
+        f"bursts of {2 * forwarder.QUERIES_PER_SECOND:g} |",
+        f"of one run | {Proxy().max_connections}, {Proxy().max_connections_per_run} | reset",
+        f"silent for {connection.SILENT_SECONDS} s",
+    ],
+)
+def test_the_document_names_the_limits_that_hold(row: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "proxy.md").read_text()
+    assert row in " ".join(text.split()) or row in text
 
 
 # -- who it is
