@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -352,7 +353,6 @@ values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(names, values, max_size=4))
 def test_every_path_of_any_written_data_has_a_line(data: dict[str, Any]) -> None:
-    tomli_w = pytest.importorskip("tomli_w")
     text = tomli_w.dumps(data).replace("\x00", "")
     document = parse(text, file="f")
     assert set(every_path(document.data)) == set(document.lines)
