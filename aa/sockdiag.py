@@ -154,9 +154,7 @@ class SockDiag:
             if found.local_port == port and _may_send_from(found, address)
         )
 
-    def connected(
-        self, family: int, local: str, destination: Address
-    ) -> tuple[SocketOwner, ...]:
+    def connected(self, family: int, local: str, destination: Address) -> tuple[SocketOwner, ...]:
         """Every TCP socket that is connected from an address, whatever its port, to `destination`.
 
         For connections whose port was changed on the way: where two redirected
@@ -201,9 +199,7 @@ class SockDiag:
                 raise SockDiagError(f"SOCK_DIAG: {errno.errorcode.get(code, code)}")
         raise SockDiagError("SOCK_DIAG: no answer")
 
-    def _dump(
-        self, family: int, protocol: int, port: int, *, remote_port: int = 0
-    ) -> list[_Found]:
+    def _dump(self, family: int, protocol: int, port: int, *, remote_port: int = 0) -> list[_Found]:
         sockid = _SOCKID.pack(port, remote_port, _WILDCARD, _WILDCARD)
         sequence = self._send(family, protocol, sockid, NLM_F_DUMP)
         found: list[_Found] = []
@@ -336,4 +332,3 @@ def _may_send_from(found: _Found, address: bytes) -> bool:
 
 def _wire4(address: bytes) -> bytes:
     return address[12:] + bytes(12)
-

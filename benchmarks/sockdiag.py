@@ -1,6 +1,6 @@
 """How long SOCK_DIAG takes to say whose a connection is: microseconds for one question, median of rounds.
 
-    /usr/bin/python3 -m benchmarks.sockdiag
+/usr/bin/python3 -m benchmarks.sockdiag
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def main() -> None:
             others = []
             for _ in range(OTHER_CONNECTIONS // 2):
                 others += [socket.create_connection(here), server.accept()[0]]
-            tell(
-                f"the same beside {OTHER_CONNECTIONS} other sockets", microseconds(tcp, QUESTIONS)
-            )
+            tell(f"the same beside {OTHER_CONNECTIONS} other sockets", microseconds(tcp, QUESTIONS))
             for other in others:
                 other.close()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:

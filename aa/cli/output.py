@@ -37,7 +37,9 @@ COLOURS = {
 
 def json_option(function: F) -> F:
     """Adds `--json` as the argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(
+        function
+    )
 
 
 def print_json(value: Any) -> None:

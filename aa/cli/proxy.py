@@ -40,7 +40,9 @@ the kernel layer. --listen and --gateway make a runtime drop-in below /run/syste
 that is gone after a reboot; without them, an earlier one is removed. The rules of the
 redirect and the kernel's guard are rendered again for the new place."""
 )
-@click.option("--listen", metavar="ADDRESS:PORT", help="Where the explicit proxy listens (loopback).")
+@click.option(
+    "--listen", metavar="ADDRESS:PORT", help="Where the explicit proxy listens (loopback)."
+)
 @click.option(
     "--gateway",
     type=click.Path(path_type=Path),
@@ -99,8 +101,11 @@ def _socket_drop_in(listen: str) -> str:
             "ListenDatagram=",
             *(f"ListenStream={a}:{FRONT_PORT}" for a in ("127.0.0.1", "[::1]")),
             f"ListenStream={listen}",
-            *(f"{k}={a}:{DNS_PORT}" for k in ("ListenStream", "ListenDatagram")
-              for a in ("127.0.0.1", "[::1]")),
+            *(
+                f"{k}={a}:{DNS_PORT}"
+                for k in ("ListenStream", "ListenDatagram")
+                for a in ("127.0.0.1", "[::1]")
+            ),
             "",
         ]
     )

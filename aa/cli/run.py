@@ -42,7 +42,14 @@ PENDING_INPUT = 65536
 SHARED_TERMINAL_SECONDS = 0.2
 """Before looking again whether another program of the pipeline still has the terminal."""
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 END_OF_FILE = b"\x04"
 
 Event = dict[str, Any] | Exception
@@ -99,9 +106,7 @@ class Terminal:
             self._saved = None
 
     def wants_input(self) -> bool:
-        return (
-            self._input is not None and len(self._pending) < PENDING_INPUT and self.foreground()
-        )
+        return self._input is not None and len(self._pending) < PENDING_INPUT and self.foreground()
 
     def shared(self) -> bool:
         """Whether another program of the pipeline, a pager say, has the terminal for itself."""

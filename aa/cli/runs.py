@@ -83,7 +83,15 @@ def print_denials(denials: list[dict[str, Any]]) -> None:
     print_table(
         ("time", "layer", "what", "target", "times", "rule", "reason"),
         [
-            (d["time"][11:19], d["layer"], d["kind"], d["target"], d["count"], d["rule"], d["reason"])
+            (
+                d["time"][11:19],
+                d["layer"],
+                d["kind"],
+                d["target"],
+                d["count"],
+                d["rule"],
+                d["reason"],
+            )
             for d in denials
         ],
         empty="nothing was refused",

@@ -48,8 +48,12 @@ def _print(told: dict[str, Any]) -> None:
     out.print()
     out.print("policy    ", cell(told["policy_state"]), cell(told["policy"]), sep=" ")
     for component in told["components"]:
-        details = ", ".join(f"{k} {v}" for k, v in component["details"].items() if v not in ("", []))
-        out.print(f"{component['name']:<10}", cell(component["state"]), cell(f"({details})"), sep=" ")
+        details = ", ".join(
+            f"{k} {v}" for k, v in component["details"].items() if v not in ("", [])
+        )
+        out.print(
+            f"{component['name']:<10}", cell(component["state"]), cell(f"({details})"), sep=" "
+        )
     out.print(
         f"runs       {told['runs']} live; since {ago(told['started'])}: "
         f"{told['decisions']} decisions, {told['denials']} denials, {told['records']} records, "

@@ -133,8 +133,16 @@ def judge(
 
 async def _send_child(directory: Path) -> dict[str, Any]:
     child = await asyncio.create_subprocess_exec(
-        "/bin/sh", "-c", _JOIN, str(directory),
-        sys.executable, "-I", "-S", str(CHILD), str(CLOSED_PORT), str(DNS_PORT),
+        "/bin/sh",
+        "-c",
+        _JOIN,
+        str(directory),
+        sys.executable,
+        "-I",
+        "-S",
+        str(CHILD),
+        str(CLOSED_PORT),
+        str(DNS_PORT),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -139,8 +139,15 @@ class Net:
 Event = Exec | Exit | Net
 
 PROTOCOLS = {
-    1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 58: "icmpv6", 132: "sctp", 136: "udplite",
-    255: "raw", 262: "mptcp",
+    1: "icmp",
+    6: "tcp",
+    17: "udp",
+    33: "dccp",
+    58: "icmpv6",
+    132: "sctp",
+    136: "udplite",
+    255: "raw",
+    262: "mptcp",
 }
 FAMILIES: dict[int, str] = {socket.AF_INET: "inet", socket.AF_INET6: "inet6"}
 SOCKET_TYPES = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp"}

@@ -345,7 +345,9 @@ MAP_ARRAY = 2
 
 def map_create(name: str, *, type: int, key: int, value: int, entries: int) -> int:
     """A new map; sizes in bytes."""
-    return _int("bpf_map_create", f"make map {name}", type, name.encode(), key, value, entries, None)
+    return _int(
+        "bpf_map_create", f"make map {name}", type, name.encode(), key, value, entries, None
+    )
 
 
 def map_update(fd: int, key: bytes, value: bytes) -> None:
@@ -401,8 +403,15 @@ def map_items(fd: int, key_size: int, value_size: int, limit: int) -> dict[bytes
         done = False
         try:
             _int(
-                "bpf_map_lookup_batch", "read a map", fd, start, cursor, keys, values,
-                ctypes.byref(count), ctypes.byref(options),
+                "bpf_map_lookup_batch",
+                "read a map",
+                fd,
+                start,
+                cursor,
+                keys,
+                values,
+                ctypes.byref(count),
+                ctypes.byref(options),
             )
         except BpfError as e:
             if e.errno != 2:  # ENOENT: that was the last of it

@@ -321,9 +321,7 @@ class Loader:
             if not keep:
                 return
             for program in sorted(wanted):
-                self._programs[program] = _Loaded(
-                    bpf.program_fd(program), bpf.attach_type(program)
-                )
+                self._programs[program] = _Loaded(bpf.program_fd(program), bpf.attach_type(program))
             for shared in SHARED_MAPS:
                 if shared not in self._maps:
                     fd = libbpf.get_pinned(self._maps_dir / shared)

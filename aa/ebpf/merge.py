@@ -91,9 +91,7 @@ class Hold(Generic[T]):
         ready = [e for due, cgroup, e in self._held if due <= now or known(cgroup)]
         if ready:
             self._held = deque(
-                (due, cgroup, e)
-                for due, cgroup, e in self._held
-                if due > now and not known(cgroup)
+                (due, cgroup, e) for due, cgroup, e in self._held if due > now and not known(cgroup)
             )
         return ready
 

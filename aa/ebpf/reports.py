@@ -82,7 +82,10 @@ def _process(event: Event, program: str) -> dict[str, Json]:
     if not head.pid and not head.comm:
         return {}
     about: dict[str, Json] = {
-        "pid": head.pid, "ppid": head.ppid, "uid": head.uid, "comm": head.comm
+        "pid": head.pid,
+        "ppid": head.ppid,
+        "uid": head.uid,
+        "comm": head.comm,
     }
     if program and not isinstance(event, Exec):
         about["program"] = program

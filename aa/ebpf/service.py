@@ -77,9 +77,7 @@ class KernelLayer:
     def __init__(self, settings: Settings, daemon: Daemon) -> None:
         self._settings = settings
         self._daemon = daemon
-        self.loader = Loader(
-            pins=settings.pins, objects=settings.objects, slices=settings.slices
-        )
+        self.loader = Loader(pins=settings.pins, objects=settings.objects, slices=settings.slices)
         self.reporter = Reporter(COMPONENT, socket=settings.gateway)
         self.runs = RunTable(socket=settings.gateway, on_run=self._on_run)
         self.canary = Canary(self.loader)
@@ -284,7 +282,9 @@ class KernelLayer:
             self._lost += gap.count
             log.warning(
                 "%d events (%s) are missing: %s",
-                gap.count, events.KIND_NAMES.get(gap.kind, gap.kind), gap.why,
+                gap.count,
+                events.KIND_NAMES.get(gap.kind, gap.kind),
+                gap.why,
             )
             self._gap(gap.count, events.KIND_NAMES.get(gap.kind, "event"), gap.why)
         missed = self.loader.missed()
@@ -297,8 +297,13 @@ class KernelLayer:
     def _gap(self, count: int, what: str, why: str) -> None:
         self.reporter.report(
             Report(
-                type=RecordType.GAP, layer=Layer.KERNEL, kind=Kind.GUARD, target=COMPONENT,
-                time=time.time_ns(), count=count, reason=f"{count} {what} events lost: {why}",
+                type=RecordType.GAP,
+                layer=Layer.KERNEL,
+                kind=Kind.GUARD,
+                target=COMPONENT,
+                time=time.time_ns(),
+                count=count,
+                reason=f"{count} {what} events lost: {why}",
             )
         )
 
@@ -381,8 +386,11 @@ class KernelLayer:
         self.reporter.report(
             Report(
                 type=RecordType.ALERT if alert else RecordType.LIFECYCLE,
-                layer=Layer.KERNEL, kind=Kind.GUARD, target=COMPONENT,
-                time=time.time_ns(), reason=text,
+                layer=Layer.KERNEL,
+                kind=Kind.GUARD,
+                target=COMPONENT,
+                time=time.time_ns(),
+                reason=text,
             )
         )
 
@@ -421,9 +429,7 @@ class KernelLayer:
         await self._first_proof()
         reason = self.verify(run)
         try:
-            await confirm_run(
-                run.id, COMPONENT, not reason, reason, socket=self._settings.gateway
-            )
+            await confirm_run(run.id, COMPONENT, not reason, reason, socket=self._settings.gateway)
         except (*Unreachable, VarlinkError) as e:
             log.warning("run %s could not be confirmed: %s", run.id, e)
 

@@ -27,14 +27,18 @@ class Told:
         self._totals = loader.pinned_map(
             "aa_told",
             {
-                "type": libbpf.MAP_HASH, "key": TALLY_KEY_SIZE, "value": _TOTAL.size,
+                "type": libbpf.MAP_HASH,
+                "key": TALLY_KEY_SIZE,
+                "value": _TOTAL.size,
                 "entries": MAX_TOLD,
             },
         )
         self._ledger = loader.pinned_map(
             "aa_reported",
             {
-                "type": libbpf.MAP_ARRAY, "key": 4, "value": tables.COUNT_SIZE,
+                "type": libbpf.MAP_ARRAY,
+                "key": 4,
+                "value": tables.COUNT_SIZE,
                 "entries": tables.KINDS,
             },
         )

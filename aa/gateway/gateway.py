@@ -244,7 +244,14 @@ class Gateway:
             self._remember_denial(record)
 
     def write_event(
-        self, kind: Kind, target: str, reason: str, *, run: str = "", alert: bool = False, **more: Any
+        self,
+        kind: Kind,
+        target: str,
+        reason: str,
+        *,
+        run: str = "",
+        alert: bool = False,
+        **more: Any,
     ) -> None:
         """A record of the guard's own life. It must not stop what it tells of."""
         try:

@@ -73,7 +73,9 @@ async def main(daemon: Daemon) -> None:
     try:
         config()
     except InvalidFile as e:
-        raise CannotStart(str(e.problems[0]), hint="mend it; aa-launch starts again by itself") from e
+        raise CannotStart(
+            str(e.problems[0]), hint="mend it; aa-launch starts again by itself"
+        ) from e
     given = inherited_sockets()
     if len(given) != 1:
         raise CannotStart(

@@ -17,8 +17,10 @@ MAX_BYTES = 128 << 10
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+
 class BadEnvironment(ValueError):
     """What the caller sent is not an environment."""
+
 
 def parse(assignments: Iterable[str]) -> dict[str, str]:
     """`NAME=value` texts as a mapping; a later one wins. Names that no shell could set are left out."""
@@ -30,6 +32,7 @@ def parse(assignments: Iterable[str]) -> dict[str, str]:
         if NAME.fullmatch(name):
             found[name] = value
     return found
+
 
 def of_run(
     caller: Mapping[str, str],

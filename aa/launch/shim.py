@@ -275,9 +275,7 @@ def enter(directory: dict[str, Any]) -> None:
 
 def landlock_abi() -> int:
     """The kernel's Landlock ABI, 0 where there is none."""
-    found = libc().syscall(
-        SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION
-    )
+    found = libc().syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     return max(0, int(found))
 
 
@@ -307,9 +305,7 @@ def restrict(rules: list[list[str]], abi: int) -> None:
     for path, access in rules:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         # struct landlock_path_beneath_attr is packed: 64 bits of rights, 32 of descriptor
-        rule = (ACCESS[access] & handled).to_bytes(8, sys.byteorder) + fd.to_bytes(
-            4, sys.byteorder
-        )
+        rule = (ACCESS[access] & handled).to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
         checked(
             c.syscall(SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0),
             f"landlock_add_rule {path}",

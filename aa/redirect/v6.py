@@ -32,4 +32,3 @@ def why_open(sysctl: Path = SYSCTL, addresses: Path = ADDRESSES) -> str:
     except OSError as e:
         return f"IPv6 cannot be examined: {e}"
     return ""
-

@@ -312,9 +312,7 @@ class Connection:
             raw = decode(message)
             oneway = raw.get("oneway") is True
             if self._refused is not None:
-                raise VarlinkError(
-                    "io.agentassembly.PermissionDenied", {"reason": self._refused}
-                )
+                raise VarlinkError("io.agentassembly.PermissionDenied", {"reason": self._refused})
             function, parameters = self._service.find(raw)
             more = raw.get("more") is True
             call = Call(str(raw["method"]), parameters, more, self.peer, self._fds)

@@ -78,8 +78,14 @@ class Gateway:
         self, id: str, cgroup: str, cgroup_id: int, layers: tuple[Layer, ...] = tuple(Layer)[:3]
     ) -> Run:
         run = Run(
-            id=id, agent="test", user="root", uid=0, layers=frozenset(layers),
-            state=RunState.STARTING, cgroup=cgroup, cgroup_id=cgroup_id,
+            id=id,
+            agent="test",
+            user="root",
+            uid=0,
+            layers=frozenset(layers),
+            state=RunState.STARTING,
+            cgroup=cgroup,
+            cgroup_id=cgroup_id,
         )
         self.tell(run)
         return run

@@ -92,17 +92,39 @@ class World:
             sh("ip", "netns", "add", ns)
             sh("ip", "-n", ns, "link", "set", "lo", "up")
         a, b = f"c{os.getpid()}", f"s{os.getpid()}"
-        sh("ip", "link", "add", a, "netns", world.client, "type", "veth", "peer", "name", b,
-           "netns", world.server)
+        sh(
+            "ip",
+            "link",
+            "add",
+            a,
+            "netns",
+            world.client,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            b,
+            "netns",
+            world.server,
+        )
         for ns, link, v4, v6 in (
-            (world.client, a, CLIENT4, CLIENT6), (world.server, b, SERVER4, SERVER6)
+            (world.client, a, CLIENT4, CLIENT6),
+            (world.server, b, SERVER4, SERVER6),
         ):
             sh("ip", "-n", ns, "link", "set", link, "up")
             sh("ip", "-n", ns, "addr", "add", f"{v4}/24", "dev", link)
             sh("ip", "-n", ns, "-6", "addr", "add", f"{v6}/64", "dev", link, "nodad")
         world.client_link = a
-        sh("ip", "netns", "exec", world.client, "sysctl", "-qw",
-           "net.ipv4.ping_group_range=0 2147483647", "net.ipv4.tcp_fastopen=3")
+        sh(
+            "ip",
+            "netns",
+            "exec",
+            world.client,
+            "sysctl",
+            "-qw",
+            "net.ipv4.ping_group_range=0 2147483647",
+            "net.ipv4.tcp_fastopen=3",
+        )
         sh("ip", "netns", "exec", world.server, "sysctl", "-qw", "net.ipv4.tcp_fastopen=3")
         return world
 
@@ -158,7 +180,15 @@ class World:
 
     def command(self, cgroup: Path | None, netns: str, *command: str) -> list[str]:
         join = f"echo $$ > {cgroup}/cgroup.procs && " if cgroup else ""
-        return ["nsenter", f"--net=/run/netns/{netns}", "sh", "-c", join + 'exec "$@"', "sh", *command]
+        return [
+            "nsenter",
+            f"--net=/run/netns/{netns}",
+            "sh",
+            "-c",
+            join + 'exec "$@"',
+            "sh",
+            *command,
+        ]
 
     def do(
         self, cgroup: Path | None, *command: str, netns: str = "", check: bool = True
@@ -170,8 +200,15 @@ class World:
     ) -> str:
         """Runs Python in a cgroup and a network namespace; what it printed."""
         done = self.do(
-            cgroup, PYTHON, "-I", "-S", "-c", PRELUDE + textwrap.dedent(code), *arguments,
-            netns=netns, check=check,
+            cgroup,
+            PYTHON,
+            "-I",
+            "-S",
+            "-c",
+            PRELUDE + textwrap.dedent(code),
+            *arguments,
+            netns=netns,
+            check=check,
         )
         return done.stdout.strip() + done.stderr.strip()
 
@@ -181,9 +218,20 @@ class World:
     ) -> Iterator[subprocess.Popen[str]]:
         """The same, while the block runs; it begins when the program has printed a line."""
         process = subprocess.Popen(
-            self.command(cgroup, netns or self.server, PYTHON, "-I", "-S", "-u", "-c",
-                         PRELUDE + textwrap.dedent(code), *arguments),
-            text=True, stdout=subprocess.PIPE, stdin=subprocess.PIPE,
+            self.command(
+                cgroup,
+                netns or self.server,
+                PYTHON,
+                "-I",
+                "-S",
+                "-u",
+                "-c",
+                PRELUDE + textwrap.dedent(code),
+                *arguments,
+            ),
+            text=True,
+            stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE,
         )
         try:
             assert process.stdout is not None

@@ -162,7 +162,9 @@ def test_lets_packets_to_the_proxys_own_ends_through(
     world: World, loader: Loader, host: str, port: int, kind: str, where: str
 ) -> None:
     with world.background(None, RECEIVE, host, str(port), kind, netns=world.client) as server:
-        world.python(places(world)[where], f"{kind}(sys.argv[1], int(sys.argv[2]))", host, str(port))
+        world.python(
+            places(world)[where], f"{kind}(sys.argv[1], int(sys.argv[2]))", host, str(port)
+        )
         assert server.stdout is not None
         assert server.stdout.readline().strip() == host
 
@@ -256,7 +258,7 @@ def test_ip_options_are_not_a_way_out(world: World, recorder: Recorder) -> None:
 JOINS = {
     "ip": "(AF4, 0, 35, socket.inet_aton('239.1.2.3') + socket.inet_aton(sys.argv[1]))",
     "ip-source": "(AF4, 0, 39, b''.join(map(socket.inet_aton,"
-                 " ('232.1.2.3', sys.argv[1], '10.78.0.2'))))",
+    " ('232.1.2.3', sys.argv[1], '10.78.0.2'))))",
     "ip-group": "(AF4, 0, 42, INDEX + bytes(4) + PADDED4)",
     "ipv6": "(AF6, 41, 20, socket.inet_pton(AF6, 'ff15::1:2:3') + INDEX)",
     "ipv6-group": "(AF6, 41, 42, INDEX + bytes(4) + PADDED6)",
@@ -308,9 +310,7 @@ def test_a_listener_of_a_run_answers_nobody(world: World, loader: Loader) -> Non
         places(world)["run"], RECEIVE, CLIENT4, "8874", "tcp", netns=world.client
     ):
         assert world.python(world.outside, code, CLIENT4, netns=world.server) == "timed out"
-    with world.background(
-        world.outside, RECEIVE, CLIENT4, "8874", "tcp", netns=world.client
-    ):
+    with world.background(world.outside, RECEIVE, CLIENT4, "8874", "tcp", netns=world.client):
         assert world.python(world.outside, code, CLIENT4, netns=world.server) == "0"
 
 
@@ -363,9 +363,19 @@ time.sleep(60)
 def loaded_in_a_process(world: World) -> Iterator[subprocess.Popen[str]]:
     """A loader in a process of its own; killed at the end of the block, if not before."""
     process = subprocess.Popen(
-        [PYTHON, "-c", LOAD_AND_WAIT, str(ROOT), str(world.pins), str(ROOT / "probes/build"),
-         str(world.root), world.slices.agents, world.slices.proxy],
-        text=True, stdout=subprocess.PIPE,
+        [
+            PYTHON,
+            "-c",
+            LOAD_AND_WAIT,
+            str(ROOT),
+            str(world.pins),
+            str(ROOT / "probes/build"),
+            str(world.root),
+            world.slices.agents,
+            world.slices.proxy,
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
     )
     try:
         assert process.stdout is not None
@@ -436,7 +446,9 @@ def test_a_restart_keeps_what_the_maps_hold(world: World, loader: Loader) -> Non
 
 def test_events_between_two_loaders_are_read_by_the_second(world: World, loader: Loader) -> None:
     loader.close()
-    world.python(places(world)["run"], "attempt(socket.socket, AF4, 3, 0); attempt(tcp, '::1', 8872)")
+    world.python(
+        places(world)["run"], "attempt(socket.socket, AF4, 3, 0); attempt(tcp, '::1', 8872)"
+    )
     again = world.loader()
     recorder = Recorder(again)
     try:
@@ -547,12 +559,26 @@ def test_slice_level_is_right_where_paths_begin_elsewhere(world: World) -> None:
     )
     script = (
         f"echo $$ > {world.top}/cgroup.procs && exec unshare --cgroup --mount sh -c '"
-        f'mount -t cgroup2 cgroup2 /mnt && echo $$ > /mnt/outside/cgroup.procs'
+        f"mount -t cgroup2 cgroup2 /mnt && echo $$ > /mnt/outside/cgroup.procs"
         f' && exec "$@"\' sh "$@"'
     )
     done = subprocess.run(
-        ["sh", "-c", script, "sh", PYTHON, "-c", code, str(ROOT), str(world.pins),
-         str(ROOT / "probes/build"), "/mnt"],
-        text=True, capture_output=True, timeout=COMMAND_SECONDS, check=False,
+        [
+            "sh",
+            "-c",
+            script,
+            "sh",
+            PYTHON,
+            "-c",
+            code,
+            str(ROOT),
+            str(world.pins),
+            str(ROOT / "probes/build"),
+            "/mnt",
+        ],
+        text=True,
+        capture_output=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
     )
     assert done.stdout.split() == ["3", str(ids(world.agents))], done.stderr

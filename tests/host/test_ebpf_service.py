@@ -57,10 +57,19 @@ class Running:
     def __init__(self, world: World, gateway: Gateway, *, objects: Path = OBJECTS) -> None:
         self.process = subprocess.Popen(
             world.command(
-                world.outside, world.client, PYTHON, str(SERVICE), str(world.pins), str(objects),
-                str(gateway.path), str(world.root), world.slices.agents, world.slices.proxy,
+                world.outside,
+                world.client,
+                PYTHON,
+                str(SERVICE),
+                str(world.pins),
+                str(objects),
+                str(gateway.path),
+                str(world.root),
+                world.slices.agents,
+                world.slices.proxy,
             ),
-            text=True, stderr=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
         )
 
     def stop(self, number: int = signal.SIGTERM) -> str:
@@ -155,8 +164,11 @@ def test_what_a_run_did_before_it_was_known_comes_first(world: World, gateway: G
         assert eventually(lambda: "o" in gateway.confirmed)
         world.do(cgroup, "/bin/echo", "after")
         assert found(gateway, lambda r: "after" in r.attributes.get("argv", ()))
-        told = [r.attributes["argv"][-1] for r in gateway.reports
-                if r.kind is Kind.EXEC and r.target == "/bin/echo"]
+        told = [
+            r.attributes["argv"][-1]
+            for r in gateway.reports
+            if r.kind is Kind.EXEC and r.target == "/bin/echo"
+        ]
         assert told == ["before", "after"]
 
 
@@ -183,12 +195,12 @@ def test_reports_exec_exit_and_connect_with_the_run(world: World, gateway: Gatew
 def test_equal_events_become_one_record_with_a_count(world: World, gateway: Gateway) -> None:
     with service(world, gateway):
         run = begin(world, gateway, world.local)
-        world.do(run, "/bin/sh", "-c", "i=0; while [ $i -lt 40 ]; do /bin/true same; i=$((i+1)); done")
+        world.do(
+            run, "/bin/sh", "-c", "i=0; while [ $i -lt 40 ]; do /bin/true same; i=$((i+1)); done"
+        )
 
         def same() -> list[Report]:
-            return [
-                r for r in gateway.reports if r.target == "/bin/true" and r.kind is Kind.EXEC
-            ]
+            return [r for r in gateway.reports if r.target == "/bin/true" and r.kind is Kind.EXEC]
 
         assert eventually(lambda: sum(r.count for r in same()) >= 40)
         assert sum(r.count for r in same()) == 40
@@ -239,7 +251,9 @@ def test_the_last_events_of_an_ended_run_are_still_its_own(world: World, gateway
         cgroup = begin(world, gateway, world.local, "short")
         assert eventually(lambda: "short" in gateway.confirmed)
         run = gateway.runs["short"]
-        gateway.tell(type(run)(**{**{f: getattr(run, f) for f in run.__slots__}, "state": RunState.ENDED}))
+        gateway.tell(
+            type(run)(**{**{f: getattr(run, f) for f in run.__slots__}, "state": RunState.ENDED})
+        )
         time.sleep(0.2)
         world.do(cgroup, "/bin/echo", "late")
         record = found(gateway, lambda r: r.target == "/bin/echo")
@@ -285,7 +299,8 @@ def test_events_that_died_with_the_service_are_a_gap_with_a_number(
     with service(world, gateway):
         gap = found(
             gateway,
-            lambda r: r.type is RecordType.GAP and "exec" in r.reason, seconds=10,
+            lambda r: r.type is RecordType.GAP and "exec" in r.reason,
+            seconds=10,
         )
         assert gap is not None
         assert gap.count == 7
@@ -327,9 +342,12 @@ def test_an_overflowing_ring_is_counted_and_reported(world: World, gateway: Gate
 
         def told() -> int:
             return gateway.lost + sum(
-                r.count for r in list(gateway.reports)
-                if r.kind is Kind.NET_CONNECT and r.run == "f"
-                or r.type is RecordType.GAP and "connect" in r.reason
+                r.count
+                for r in list(gateway.reports)
+                if r.kind is Kind.NET_CONNECT
+                and r.run == "f"
+                or r.type is RecordType.GAP
+                and "connect" in r.reason
             )
 
         assert eventually(lambda: told() >= 15000, seconds=20)

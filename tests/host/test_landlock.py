@@ -68,7 +68,10 @@ def test_files_move_between_writable_folders_and_not_out_of_them(place: Path) ->
     source.write_text("x")
     assert confined(place, lambda: source.rename(place / "work/sub/file")) == WORKS
     moved = place / "work/sub/file"
-    assert confined(place, lambda: moved.rename(place / "other/file2")) in (errno.EACCES, errno.EXDEV)
+    assert confined(place, lambda: moved.rename(place / "other/file2")) in (
+        errno.EACCES,
+        errno.EXDEV,
+    )
     assert confined(place, lambda: os.link(place / "other/file", place / "work/l")) in (
         errno.EACCES,
         errno.EXDEV,
@@ -82,7 +85,9 @@ def test_a_link_out_of_the_folder_opens_nothing(place: Path) -> None:
 
 def test_device_nodes_cannot_be_made_but_used(place: Path) -> None:
     node = place / "work/null"
-    assert confined(place, lambda: os.mknod(node, 0o600 | 0o020000, os.makedev(1, 3))) == errno.EACCES
+    assert (
+        confined(place, lambda: os.mknod(node, 0o600 | 0o020000, os.makedev(1, 3))) == errno.EACCES
+    )
     assert confined(place, lambda: open("/dev/null", "w").write("x")) == WORKS
 
 
@@ -168,5 +173,3 @@ def test_a_rule_for_a_path_that_is_not_there_is_an_error_and_not_left_out(place:
         finally:
             os._exit(OTHER)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == WORKS
-
-

@@ -166,9 +166,7 @@ def test_the_proxy_sees_whose_connection_was_redirected(
             assert wait_for(lambda: gateway.confirmed), log.read_text()
             end = front if kind == "SOCK_STREAM" else dns
             asked = (family, kind, LOOPBACK[family], str(end), peer(family), str(port))
-            proxy = lab.start(
-                PYTHON, "-c", WHOSE, *asked, env={"PYTHONPATH": str(REPOSITORY)}
-            )
+            proxy = lab.start(PYTHON, "-c", WHOSE, *asked, env={"PYTHONPATH": str(REPOSITORY)})
             assert proxy.stdout is not None and proxy.stdout.readline() == "listening\n"
             argv = (PYTHON, "-c", CONNECT, family, kind, peer(family), str(port), "hello")
             asking = lab.start_governed(RUN, *argv, uid=UID)
@@ -221,7 +219,9 @@ def test_udp_of_a_run_is_refused_and_recorded(host: Host, family: str, port: int
 
 
 def test_a_udp_socket_that_stays_open_is_known_by_its_cgroup(host: Host, family: str) -> None:
-    keep = "import socket, sys\ns = socket.socket(getattr(socket, sys.argv[1]), socket.SOCK_DGRAM)\n"
+    keep = (
+        "import socket, sys\ns = socket.socket(getattr(socket, sys.argv[1]), socket.SOCK_DGRAM)\n"
+    )
     keep += "try: s.sendto(b'x', (sys.argv[2], int(sys.argv[3])))\nexcept OSError: pass\n"
     keep += "sys.stdin.read()\n"
     port = next(_ports)
@@ -392,9 +392,7 @@ def test_a_listener_of_a_run_neither_hears_nor_answers(
     for governed in (True, False):
         port = str(next(_ports))
         argv = (PYTHON, "-c", SERVE_ONE, family, address, port)
-        start = (
-            host.lab.start_governed(RUN, *argv, uid=UID) if governed else host.lab.start(*argv)
-        )
+        start = host.lab.start_governed(RUN, *argv, uid=UID) if governed else host.lab.start(*argv)
         assert start.stdout is not None and start.stdout.readline() == "listening\n"
         knock = host.lab.run_peer if whence == "peer" else host.lab.run
         answer = knock(PYTHON, "-c", KNOCK, address, port).stdout.strip()

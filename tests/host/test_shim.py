@@ -161,7 +161,10 @@ def test_the_run_is_confined_to_its_folder(start: Start) -> None:
 def test_it_is_the_leader_of_its_session_and_owner_of_its_terminal(start: Start) -> None:
     master, slave = os.openpty()
     start.stdin = slave
-    start.instructions |= {"terminal": True, "argv": ["sh", "-c", "exec 3</dev/tty && ps -o tty= -p $$"]}
+    start.instructions |= {
+        "terminal": True,
+        "argv": ["sh", "-c", "exec 3</dev/tty && ps -o tty= -p $$"],
+    }
     code, failure, out = start.run()
     name = os.ttyname(slave).removeprefix("/dev/")
     os.close(slave)
@@ -259,7 +262,9 @@ def test_a_step_that_fails_is_told_and_nothing_runs(
         [["no object"]],
     ],
 )
-def test_without_instructions_and_the_go_ahead_nothing_runs(start: Start, messages: list[Any]) -> None:
+def test_without_instructions_and_the_go_ahead_nothing_runs(
+    start: Start, messages: list[Any]
+) -> None:
     told = [start.instructions if m == "instructions" else m for m in messages]
     code, failure, out = start.run(*(told or [{}, {}]))
     assert (code, out) == (125, "") and failure["code"] == 125

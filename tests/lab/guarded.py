@@ -51,7 +51,12 @@ def await_services(box: Container) -> None:
 
 
 def governed(
-    box: Container, command: str | Sequence[str], *, agent: str = "sample", user: str = "dev", **how: Any
+    box: Container,
+    command: str | Sequence[str],
+    *,
+    agent: str = "sample",
+    user: str = "dev",
+    **how: Any,
 ) -> Result:
     """Runs a command as a governed agent, the way a person does."""
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)

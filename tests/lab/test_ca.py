@@ -44,7 +44,9 @@ def publish(box: Container, text: str) -> None:
     ).check()  # fmt: skip
 
 
-def test_installation_makes_root_and_intermediate_and_leaves_the_trust_store(box: Container) -> None:
+def test_installation_makes_root_and_intermediate_and_leaves_the_trust_store(
+    box: Container,
+) -> None:
     told = shown(box)
     assert not told["trust"]["system"] and told["problems"] == []
     assert "root of box" in told["root"]["subject"]

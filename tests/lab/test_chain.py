@@ -90,7 +90,8 @@ def test_the_origins_own_certificate_is_in_place(box: Container) -> None:
 
 def test_a_large_body_arrives_whole(box: Container) -> None:
     done = governed(
-        box, f"curl -sS --max-time 30 https://{API}/bytes/20000000 | sha256sum; head -c 20000000 /dev/zero | sha256sum"
+        box,
+        f"curl -sS --max-time 30 https://{API}/bytes/20000000 | sha256sum; head -c 20000000 /dev/zero | sha256sum",
     )
     first, second = done.check().out.splitlines()
     assert first == second
@@ -126,14 +127,24 @@ def test_a_denied_host_gets_an_alert_and_aasm_why_says_why(box: Container) -> No
 
 def test_a_denied_http_host_answers_403_with_the_reason(box: Container) -> None:
     done = governed(
-        box, ["curl", "-sS", "--max-time", "5", "--resolve", f"{DENIED}:80:10.77.0.20", f"http://{DENIED}/"]
+        box,
+        [
+            "curl",
+            "-sS",
+            "--max-time",
+            "5",
+            "--resolve",
+            f"{DENIED}:80:10.77.0.20",
+            f"http://{DENIED}/",
+        ],
     )
     assert DENIED in done.out and "aasm" in done.out, done
 
 
 def test_a_denied_connect_answers_403_with_the_reason(box: Container) -> None:
     done = governed(
-        box, ["curl", "-sSv", "--max-time", "5", "-x", "http://127.0.0.1:8899", f"https://{DENIED}/"]
+        box,
+        ["curl", "-sSv", "--max-time", "5", "-x", "http://127.0.0.1:8899", f"https://{DENIED}/"],
     )
     assert "403" in done.err, done
 
@@ -175,7 +186,9 @@ def test_the_same_ways_work_for_an_ungoverned_user_and_leave_no_record(box: Cont
     time.sleep(2.5)  # what is still to be told of earlier runs
     before = last_sequence(box)
     outcomes = attempts(
-        box.run(["/usr/bin/python3", ATTEMPTS, *NETWORK_WAYS, *OTHER_WAYS], user="plain", timeout=120)
+        box.run(
+            ["/usr/bin/python3", ATTEMPTS, *NETWORK_WAYS, *OTHER_WAYS], user="plain", timeout=120
+        )
     )
     refused = {n: o for n, o in outcomes.items() if not o.startswith("reached")}
     assert set(refused) <= {"manager"}, refused  # systemd's private socket is root's alone
@@ -222,7 +235,9 @@ def test_an_ordinary_pipe_on_the_same_descriptor_comes_in(box: Container) -> Non
 def test_the_run_has_none_of_its_users_groups(box: Container) -> None:
     outside = box.run("id -Gn", user="dev").check().out.split()
     assert {"docker", "adm", "sudo", "aa-operators"} <= set(outside)
-    inside = governed(box, "id -Gn; grep -E '^(Groups|Cap|NoNewPrivs|Seccomp:)' /proc/self/status").check()
+    inside = governed(
+        box, "id -Gn; grep -E '^(Groups|Cap|NoNewPrivs|Seccomp:)' /proc/self/status"
+    ).check()
     first, *status = inside.out.splitlines()
     assert first.split() == ["dev"]
     told = dict(re.split(r":\s*", line, maxsplit=1) for line in status)
@@ -278,7 +293,9 @@ def test_the_run_can_work_where_it_should(box: Container) -> None:
 # -- exit codes and signals
 
 
-@pytest.mark.parametrize(("command", "code"), [("exit 0", 0), ("exit 7", 7), ("true; sh -c 'kill -9 $PPID'; true", 137)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("exit 0", 0), ("exit 7", 7), ("true; sh -c 'kill -9 $PPID'; true", 137)]
+)
 def test_the_exit_code_is_the_programs_own(box: Container, command: str, code: int) -> None:
     assert governed(box, command).code == code
 
@@ -295,7 +312,10 @@ def test_the_journal_and_the_file_tell_the_same(box: Container) -> None:
 
     def story(entries: list[dict[str, str]], prefix: str = "") -> list[tuple[str, ...]]:
         keys = ("seq", "layer", "kind", "target", "rule", "run", "reason")
-        return [tuple(str(e.get(prefix + (k.upper() if prefix else k)) or "") for k in keys) for e in entries]
+        return [
+            tuple(str(e.get(prefix + (k.upper() if prefix else k)) or "") for k in keys)
+            for e in entries
+        ]
 
     assert story(journal, "AA_") == story(file)
 
@@ -332,7 +352,9 @@ def test_a_flood_of_decisions_is_whole_in_both_logs(box: Container) -> None:
 
 
 def test_exec_and_connect_are_in_the_audit_with_the_right_run(box: Container) -> None:
-    done = governed(box, f"echo $AA_RUN; exec curl -sS --max-time 10 https://{API}/seen", agent="both")
+    done = governed(
+        box, f"echo $AA_RUN; exec curl -sS --max-time 10 https://{API}/seen", agent="both"
+    )
     run = done.check().out.splitlines()[0]
 
     def seen() -> bool:
@@ -406,7 +428,8 @@ def test_a_run_with_the_kernel_layer_is_observed_and_not_redirected(box: Contain
     assert "/aa-agents-local.slice/" in cgroup
     assert box.origins.since(mark, kind="request", host=DENIED)
     eventually(
-        lambda: {"exec", "net.connect"} <= {r["kind"] for r in records(box, run=run, layer="kernel")},
+        lambda: {"exec", "net.connect"}
+        <= {r["kind"] for r in records(box, run=run, layer="kernel")},
         what="exec and connect are observed",
     )
     assert not records(box, run=run, type="decision")
@@ -439,7 +462,15 @@ def test_the_proxy_says_whether_it_runs(box: Container) -> None:
 def test_the_explicit_proxy_can_listen_elsewhere(box: Container) -> None:
     try:
         box.run(["aasm", "proxy", "start", "--listen", "127.0.0.1:3128"]).check()
-        request = ["curl", "-sS", "--max-time", "5", "-x", "http://127.0.0.1:3128", f"https://{API}/"]
+        request = [
+            "curl",
+            "-sS",
+            "--max-time",
+            "5",
+            "-x",
+            "http://127.0.0.1:3128",
+            f"https://{API}/",
+        ]
         done = governed(box, request)
         assert done.ok, done
     finally:
@@ -448,12 +479,16 @@ def test_the_explicit_proxy_can_listen_elsewhere(box: Container) -> None:
 
 
 def test_an_operator_sees_and_ends_a_run(box: Container) -> None:
-    running = box.popen(["aasm", "run", "--agent", "sample", "--", "sleep", "60"], user="dev", cwd=WORK)
+    running = box.popen(
+        ["aasm", "run", "--agent", "sample", "--", "sleep", "60"], user="dev", cwd=WORK
+    )
     try:
         (run,) = eventually(
             lambda: [
                 r
-                for r in json.loads(box.run(["aasm", "runs", "list", "--json"], user="dev").check().out)
+                for r in json.loads(
+                    box.run(["aasm", "runs", "list", "--json"], user="dev").check().out
+                )
                 if r["argv"][:1] == ["sleep"] and r["state"] == "running"
             ],
             what="the run is listed",

@@ -77,7 +77,9 @@ class Hammer:
     def await_success(self) -> None:
         """Until an allowed request that began after this call has worked."""
         before = self.successes()
-        eventually(lambda: self.successes() > before + 1, timeout=20, what="an allowed request works again")
+        eventually(
+            lambda: self.successes() > before + 1, timeout=20, what="an allowed request works again"
+        )
 
     def end(self) -> None:
         self._box.run(["aasm", "runs", "kill", self.run])
@@ -108,7 +110,10 @@ def undecided(box: Container, mark: int) -> list[dict[str, Any]]:
             case "request":
                 good = event["host"] == API
             case "connection":
-                good = event["port"] in (443, 53) and event["address"] not in ("10.77.0.20", "fd77::20")
+                good = event["port"] in (443, 53) and event["address"] not in (
+                    "10.77.0.20",
+                    "fd77::20",
+                )
             case "dns":
                 good = event["name"] == API
             case "packet":
@@ -132,9 +137,16 @@ def is_decided_packet(event: dict[str, Any]) -> bool:
 
 def test_the_judge_would_notice_a_leak(box: Container) -> None:
     mark = box.origins.mark()
-    box.run(["/usr/bin/python3", ATTEMPTS, "udp", "tls-denied-name", "quic", "tcp-port"], user="plain").check()
+    box.run(
+        ["/usr/bin/python3", ATTEMPTS, "udp", "tls-denied-name", "quic", "tcp-port"], user="plain"
+    ).check()
     kinds = {(e["kind"], e.get("port")) for e in undecided(box, mark)}
-    assert {("datagram", 9999), ("connection", 9999), ("connection", 443), ("datagram", 443)} <= kinds
+    assert {
+        ("datagram", 9999),
+        ("connection", 9999),
+        ("connection", 443),
+        ("datagram", 443),
+    } <= kinds
 
 
 @pytest.mark.parametrize("service", ["aa-proxy", "aa-gateway", "aa-ebpf", "aa-redirect"])

@@ -129,9 +129,7 @@ def background(box: Container, command: str, *options: str, **how: Any) -> Any:
     how.setdefault("cwd", WORK)
     process = box.popen(["aasm", "run", *options, "--", "sh", "-c", command], **how)
     process.run = eventually(
-        lambda: next(
-            (r["id"] for r in runs(box, state="running") if r["id"] not in before), None
-        ),
+        lambda: next((r["id"] for r in runs(box, state="running") if r["id"] not in before), None),
         what="the run is running",
     )
     return process
@@ -193,7 +191,9 @@ def test_the_callers_umask_is_kept(box: Container) -> None:
 
 
 def test_streams_that_are_closed_become_null(box: Container) -> None:
-    done = box.run("aasm run -- sh -c 'cat; echo lost; ls /proc/self/fd' <&- >&-", user="dev", cwd=WORK)
+    done = box.run(
+        "aasm run -- sh -c 'cat; echo lost; ls /proc/self/fd' <&- >&-", user="dev", cwd=WORK
+    )
     assert (done.code, done.out) == (0, "")
 
 
@@ -591,7 +591,9 @@ subprocess.run(["aasm", "run", "--", "sh", "-c", "ls /proc/self/fd; ls -l /proc/
     assert out.split() == ["0", "1", "2", "3", "0"]
 
 
-def test_the_callers_own_terminal_is_refused_and_one_made_for_the_run_is_not(box: Container) -> None:
+def test_the_callers_own_terminal_is_refused_and_one_made_for_the_run_is_not(
+    box: Container,
+) -> None:
     source = (
         f"import sys; sys.path.append({TOOLS!r}); from client import *\n"
         "print(start(['tty'], terminal=True))\n"
@@ -641,7 +643,9 @@ def test_the_environment_is_what_is_allowed_and_nothing_hostile(box: Container) 
 
 def test_an_agent_may_declare_variables_and_systemd_does_not_show_them(box: Container) -> None:
     env = {"KEEPER_TOKEN": "secret-of-the-caller"}
-    process = background(box, "echo $KEEPER_TOKEN; sleep 600", "--agent", "keeper", env=env, stdout=-1)
+    process = background(
+        box, "echo $KEEPER_TOKEN; sleep 600", "--agent", "keeper", env=env, stdout=-1
+    )
     unit = f"aa-agent-{process.run}.service"
     assert "secret-of-the-caller" not in box.systemctl("show", unit).out
     box.run(["aasm", "runs", "kill", process.run]).check()
@@ -680,8 +684,12 @@ def test_declared_state_folders_are_made_and_writable(box: Container) -> None:
     assert owner == "dev 700\n"
 
 
-def test_shared_temporary_folders_are_private_but_a_project_in_them_is_there(box: Container) -> None:
-    box.run("mkdir -p /tmp/project /var/tmp/project; touch /tmp/outside /dev/shm/outside", user="dev")
+def test_shared_temporary_folders_are_private_but_a_project_in_them_is_there(
+    box: Container,
+) -> None:
+    box.run(
+        "mkdir -p /tmp/project /var/tmp/project; touch /tmp/outside /dev/shm/outside", user="dev"
+    )
     for place in ("/tmp/project", "/var/tmp/project"):
         done = run(box, "touch inside; ls -A ..; ls -A /dev/shm", cwd=place).check()
         assert done.out == "project\n" and done.err == ""

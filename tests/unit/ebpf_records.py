@@ -24,8 +24,12 @@ def exec_record(
     cgroup: int = 77,
 ) -> bytes:
     data = filename + exe + cwd + argv
-    fixed = events.EXEC_FIXED.pack(4711, 254 << 20 | 3, argc, len(filename), len(exe), len(cwd), len(argv))
-    return head(events.EXEC, events.EXEC_SIZE + len(data), flags=flags, cgroup=cgroup) + fixed + data
+    fixed = events.EXEC_FIXED.pack(
+        4711, 254 << 20 | 3, argc, len(filename), len(exe), len(cwd), len(argv)
+    )
+    return (
+        head(events.EXEC, events.EXEC_SIZE + len(data), flags=flags, cgroup=cgroup) + fixed + data
+    )
 
 
 def exit_record(status: int = 0, *, cgroup: int = 77) -> bytes:

@@ -133,8 +133,13 @@ def test_the_proxys_ends_are_loopback_alone() -> None:
     ends = proxy_ends()
     assert all(end.address.is_loopback for end in ends)
     assert {str(end) for end in ends} == {
-        "127.0.0.1:8898/tcp", "[::1]:8898/tcp", "127.0.0.1:8899/tcp",
-        "127.0.0.1:8853/tcp", "127.0.0.1:8853/udp", "[::1]:8853/tcp", "[::1]:8853/udp",
+        "127.0.0.1:8898/tcp",
+        "[::1]:8898/tcp",
+        "127.0.0.1:8899/tcp",
+        "127.0.0.1:8853/tcp",
+        "127.0.0.1:8853/udp",
+        "[::1]:8853/tcp",
+        "[::1]:8853/udp",
     }
     assert len({end.pack() for end in ends}) == len(ends)
     assert {len(end.pack()) for end in ends} == {tables.END_SIZE}
@@ -145,7 +150,9 @@ def test_another_explicit_listener_takes_the_place_of_the_first() -> None:
     assert "127.0.0.2:3128/tcp" in ends and "127.0.0.1:8899/tcp" not in ends
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:8899", "10.0.0.1:80", "127.0.0.1:0", "[::1]:1", "x", ""])
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0:8899", "10.0.0.1:80", "127.0.0.1:0", "[::1]:1", "x", ""]
+)
 def test_a_listener_that_is_not_on_loopback_is_refused(listen: str) -> None:
     with pytest.raises(ValueError):
         proxy_ends(listen)
@@ -159,7 +166,9 @@ def merged(record: bytes, count: int = 1) -> Merged[events.Event]:
 def test_an_exec_becomes_a_report() -> None:
     report = to_report(merged(make.exec_record(), 3), run="r", program="", boot=10**18)
     assert (report.type, report.kind, report.target) == (
-        RecordType.OBSERVED, Kind.EXEC, "/bin/echo",
+        RecordType.OBSERVED,
+        Kind.EXEC,
+        "/bin/echo",
     )
     assert report.time == 10**18 + 5_000_000_000
     assert report.count == 3
@@ -178,7 +187,9 @@ def test_a_refusal_becomes_a_denial_with_rule_and_reason() -> None:
     record = make.net_record(make.key(reason=events.REFUSED_END), total=4, refused=True)
     report = to_report(merged(record, 4), run="r", program="", boot=0)
     assert (report.type, report.effect, report.rule) == (
-        RecordType.REFUSAL, Effect.DENY, GUARD_RULE,
+        RecordType.REFUSAL,
+        Effect.DENY,
+        GUARD_RULE,
     )
     assert report.reason and report.target == "192.0.2.1:443" and report.count == 4
     assert report.as_json()["attributes"]["protocol"] == "tcp"

@@ -75,10 +75,27 @@ def test_constants() -> None:
     assert number("AA_LAYOUT") == events.LAYOUT
     for name in ("COMM_MAX", "ARGV_MAX", "FILENAME_MAX", "PATH_MAX"):
         assert number(f"AA_{name}") == getattr(events, name)
-    for name in ("EXEC", "EXIT", "CONNECT", "REFUSED", "VIA_CONNECT", "VIA_DATAGRAM",
-                 "VIA_FOREIGN", "REFUSED_END", "REFUSED_FRAGMENT", "REFUSED_HEADER",
-                 "REFUSED_INTERFACE", "REFUSED_SOCKET", "REFUSED_JOIN", "ARGV_CUT", "ARGV_UNREAD",
-                 "FILENAME_CUT", "EXE_CUT", "CWD_CUT", "OUTSIDE"):
+    for name in (
+        "EXEC",
+        "EXIT",
+        "CONNECT",
+        "REFUSED",
+        "VIA_CONNECT",
+        "VIA_DATAGRAM",
+        "VIA_FOREIGN",
+        "REFUSED_END",
+        "REFUSED_FRAGMENT",
+        "REFUSED_HEADER",
+        "REFUSED_INTERFACE",
+        "REFUSED_SOCKET",
+        "REFUSED_JOIN",
+        "ARGV_CUT",
+        "ARGV_UNREAD",
+        "FILENAME_CUT",
+        "EXE_CUT",
+        "CWD_CUT",
+        "OUTSIDE",
+    ):
         assert number(f"AA_{name}") == getattr(events, name), name
     assert number("AA_KINDS") == tables.KINDS
     assert number("AA_MAX_ENDS") == tables.MAX_ENDS

@@ -164,13 +164,9 @@ def test_a_provisional_allow_leaves_no_record_and_a_denial_does(
 ) -> None:
     run = start_run(gateway)
     before = len(records())
-    assert gateway.decide(
-        run.id, Layer.PROXY, connect("allowed.test"), provisional=True
-    ).permits
+    assert gateway.decide(run.id, Layer.PROXY, connect("allowed.test"), provisional=True).permits
     assert len(records()) == before
-    assert not gateway.decide(
-        run.id, Layer.PROXY, connect("denied.test"), provisional=True
-    ).permits
+    assert not gateway.decide(run.id, Layer.PROXY, connect("denied.test"), provisional=True).permits
     assert len(records()) == before + 1
 
 
@@ -226,9 +222,7 @@ def test_a_policy_that_was_removed_denies(gateway: Gateway, policies: Path) -> N
     assert not gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
 
 
-def test_a_run_that_floods_is_denied_and_told_once(
-    gateway: Gateway, records: Any
-) -> None:
+def test_a_run_that_floods_is_denied_and_told_once(gateway: Gateway, records: Any) -> None:
     flooding, quiet = start_run(gateway), start_run(gateway)
     answers = [
         gateway.decide(flooding.id, Layer.PROXY, connect("allowed.test", PUBLIC)).rule
@@ -283,9 +277,7 @@ def test_a_component_that_is_silent_fails_the_run_by_name(gateway: Gateway) -> N
     asyncio.run(scenario())
 
 
-def test_runs_survive_a_restart_with_their_denials(
-    gateway: Gateway, open_gateway: Open
-) -> None:
+def test_runs_survive_a_restart_with_their_denials(gateway: Gateway, open_gateway: Open) -> None:
     run = start_run(gateway)
     gateway.decide(run.id, Layer.PROXY, connect("denied.test", PUBLIC))
     again = open_gateway()
@@ -327,9 +319,7 @@ def test_watchers_see_each_change_of_a_run(gateway: Gateway) -> None:
     assert seen == [(run.id, RunState.STARTING), (run.id, RunState.ENDED)]
 
 
-def test_lost_reports_become_a_gap_record_with_their_number(
-    gateway: Gateway, records: Any
-) -> None:
+def test_lost_reports_become_a_gap_record_with_their_number(gateway: Gateway, records: Any) -> None:
     report = Report(RecordType.OBSERVED, Layer.KERNEL, Kind.EXEC, "/bin/true", 1, count=4)
     gateway.component_reports("ebpf", 17, [report])
     gap, observed = records()[-2:]

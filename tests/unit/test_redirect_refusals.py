@@ -197,9 +197,7 @@ def test_many_runs_at_once_stay_within_the_limit() -> None:
 
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from("abc"), st.integers(0, 300), st.floats(0, 20, allow_nan=False)
-        ),
+        st.tuples(st.sampled_from("abc"), st.integers(0, 300), st.floats(0, 20, allow_nan=False)),
         max_size=300,
     )
 )

@@ -55,4 +55,3 @@ def test_a_kernel_without_v6_is_closed(tmp_path: Path, monkeypatch: pytest.Monke
     assert why_open(tmp_path / "nowhere", tmp_path / "nothing") == ""
     code = errno.EMFILE  # any other failure proves nothing
     assert why_open(tmp_path / "nowhere", tmp_path / "nothing")
-

@@ -22,7 +22,10 @@ from aa.varlink.idl import IdlError, parse_interface
 INTERFACES = ("Gateway", "Enforce", "Control", "Launch")
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(blacklist_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=4)
     | st.dictionaries(st.text(st.characters(blacklist_categories=["Cs"])), inner, max_size=4),
