@@ -171,6 +171,12 @@ def enforce_service(
         gateway.set_status(p["component"], p["state"], p["details"])
         return {}
 
+    def get_sandbox(call: Call) -> Reply:
+        p = call.parameters
+        run = Run("", p["agent"], p["user"], -1, tags=tuple(p["tags"]))
+        writable = gateway.source.policy.writable(run) if gateway.source.policy else None
+        return {"writable": None if writable is None else list(writable)}
+
     def register(call: Call) -> Reply:
         p = call.parameters
         if len(p["argv"]) > MAX_RUN_VALUES:
@@ -235,6 +241,7 @@ def enforce_service(
             "Decide": decide,
             "Report": report,
             "SetStatus": set_status,
+            "GetSandbox": get_sandbox,
             "RegisterRun": register,
             "StartRun": start,
             "ConfirmRun": confirm,

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,7 @@ class Launcher:
     def start(self, call: Call) -> AsyncIterator[dict[str, Any]]:
         return self._start(call, streams.Descriptors(call))
 
-    async def _start(
-        self, call: Call, fds: streams.Descriptors
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def _start(self, call: Call, fds: streams.Descriptors) -> AsyncIterator[dict[str, Any]]:
         caller = call.peer.uid
         if self._starting[caller] >= MAX_STARTING_PER_CALLER:
             raise _not_started(
@@ -258,11 +256,11 @@ class Launcher:
             raise request.BadRequest("none of the streams is a terminal")
         passed = environment.parse(parameters["environment"])
         directory = streams.directory_of(fds[parameters["directory"]])
-        box, home, notes = await self._sandbox(peer, asked, directory, terminal)
-        if terminal is not None:
-            streams.give_terminal(terminal, owner=peer.uid, to=asked.user.pw_uid)
-
         async with self._gateway() as gateway:
+            stated = await _stated_folders(gateway, asked)
+            box, home, notes = await self._sandbox(peer, asked, directory, terminal, stated)
+            if terminal is not None:
+                streams.give_terminal(terminal, owner=peer.uid, to=asked.user.pw_uid)
             run = await _register(gateway, asked, home, directory.path, peer.uid)
             live = Live(run, paths.run_unit(run.id))
             self._put(live)
@@ -281,14 +279,18 @@ class Launcher:
         asked: request.Request,
         directory: sandbox.Directory,
         terminal: int | None,
+        stated: Sequence[str] | None,
     ) -> tuple[sandbox.Sandbox, str, list[str]]:
-        """What the run may write; the user's real home; what a person should know about both."""
+        """What the run may write; the user's real home; what a person should know about both.
+
+        `stated` is what the policy says of it: all of it, besides the agent's own state folders.
+        """
         name = asked.user.pw_name
         try:
             found = await folders.look(
                 asked.user,
                 directory.path,
-                asked.agent.state,
+                [*asked.agent.state, *(f for f in stated or () if f != ".")],
                 terminal=0 if terminal is None else os.fstat(terminal).st_rdev,
             )
         except folders.CannotLook as e:
@@ -304,6 +306,9 @@ class Launcher:
         place, note = sandbox.judge_directory(directory.path, found.home)
         if place is sandbox.Place.REFUSED:
             raise request.BadRequest(note)
+        if place is sandbox.Place.WRITABLE and stated is not None and "." not in stated:
+            place = sandbox.Place.READ_ONLY
+            note = f'{directory.path} is read-only, because the policy\'s [sandbox] writable has no "."'
         box = sandbox.Sandbox(
             directory=directory,
             place=place,
@@ -325,9 +330,7 @@ class Launcher:
     ) -> None:
         """Unit, shim, barrier, go. Raises `NotStarted`."""
         with Door(self._doors / live.run.id) as door:
-            unit = sandbox.properties(
-                live.run, box, shim_socket=str(door.path), streams=three
-            )
+            unit = sandbox.properties(live.run, box, shim_socket=str(door.path), streams=three)
             try:
                 self._systemd.start(live.unit, unit)
             except SystemdError as e:
@@ -607,6 +610,23 @@ class Launcher:
             yield client
         finally:
             await client.close()
+
+
+async def _stated_folders(gateway: AsyncClient, asked: request.Request) -> Sequence[str] | None:
+    """The folders that the policy lets such a run write to; None where it states none."""
+    agent: Agent = asked.agent
+    try:
+        reply = await gateway.call(
+            f"{ENFORCE}.GetSandbox",
+            {"agent": agent.name, "user": asked.user.pw_name, "tags": list(agent.tags)},
+            timeout=GATEWAY_SECONDS,
+        )
+    except VarlinkError as e:
+        raise _not_ready(e) from e
+    except Unreachable as e:
+        raise NotStarted("gateway", f"the gateway does not answer: {e}") from e
+    stated: Sequence[str] | None = reply.get("writable")
+    return stated
 
 
 async def _register(

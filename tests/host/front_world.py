@@ -175,6 +175,7 @@ class Gateway:
                 "SetStatus": self._set_status,
                 "ConfirmRun": self._confirm,
                 "WatchRuns": self._watch,
+                "GetSandbox": unused,
                 "RegisterRun": unused,
                 "StartRun": unused,
                 "AwaitRun": unused,

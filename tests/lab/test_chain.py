@@ -408,6 +408,21 @@ def test_a_changed_policy_is_in_force_without_a_restart(box: Container) -> None:
         box.run(["aasm", "policy", "reload"]).check()
 
 
+def test_the_policy_says_where_a_run_may_write(box: Container) -> None:
+    before = box.pull(POLICY_FILE)
+    script = "touch here 2>/dev/null && echo here; touch ~/notes/there && echo there"
+    assert governed(box, "touch here && echo here").check().out == "here\n"
+    box.push(POLICY_FILE, before + '\n[sandbox]\nwritable = ["~/notes"]\n')
+    try:
+        box.run(["aasm", "policy", "reload"]).check()
+        done = governed(box, script)
+        assert done.out == "there\n", done
+        assert "read-only, because the policy" in done.err
+    finally:
+        box.push(POLICY_FILE, before)
+        box.run(["aasm", "policy", "reload"]).check()
+
+
 # -- 9. layers are chosen per agent
 
 

@@ -72,6 +72,7 @@ class FakeGateway:
     ends: list[dict[str, Any]] = field(default_factory=list)
     refusal: VarlinkError | None = None
     end_refusals: int = 0
+    writable: list[str] | None = None
     server: Server | None = None
 
     def open(self) -> None:
@@ -83,6 +84,7 @@ class FakeGateway:
             "io.agentassembly.Enforce",
             {
                 **nothing,
+                "GetSandbox": lambda call: {"writable": self.writable},
                 "RegisterRun": self.register,
                 "StartRun": self.start,
                 "AwaitRun": self.wait,
