@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -173,7 +173,7 @@ def properties(
     run: Run, sandbox: Sandbox, *, shim_socket: str, streams: Sequence[int]
 ) -> list[tuple[str, Any]]:
     """The unit of a run. `streams` are descriptors of this process for stdin, stdout and stderr."""
-    return [
+    unit = [
         ("Description", f"Agent {run.agent}, run {run.id}"),
         ("Slice", SLICES[Layer.PROXY in run.layers]),
         ("CollectMode", "inactive"),
@@ -183,6 +183,19 @@ def properties(
         *_file_system(run, sandbox, shim_socket),
         *_kernel(),
     ]
+    for name, value in unit:
+        if any(ord(c) < 0x20 or ord(c) == 0x7F for text in _texts(value) for c in text):
+            raise ValueError(f"{name} holds a control character; systemd would read it as a line")
+    return unit
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a property's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)
 
 
 def _process(

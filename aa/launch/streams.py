@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import termios
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from aa.launch.sandbox import Directory
 from aa.varlink import Call
 
 PTY_SLAVE_MAJORS = range(136, 144)  # Documentation/admin-guide/devices.txt
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+"""systemd writes the paths of a unit to a file that it reads again at a reload: a line end in
+one would begin a setting of its own, and a root command with it."""
 
 
 class BadStream(ValueError):
@@ -93,6 +98,8 @@ def directory_of(fd: int) -> Directory:
         path.encode("utf-8")
     except UnicodeEncodeError:
         raise BadStream("the working directory's path is not UTF-8") from None
+    if CONTROL.search(path):
+        raise BadStream(f"the working directory's path holds a control character: {path!r}")
     return Directory(path, status.st_dev, status.st_ino)
 
 

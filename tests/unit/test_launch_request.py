@@ -291,3 +291,20 @@ def test_a_directory_descriptor_is_known_by_the_path_that_the_kernel_has(tmp_pat
     os.close(fd)
     with open(os.devnull) as null, pytest.raises(streams.BadStream, match="not a folder"):
         streams.directory_of(null.fileno())
+
+
+@pytest.mark.parametrize("name", ["a\nExecStopPost=+", "a\rb", "a\x7fb"])
+def test_a_directory_that_would_write_a_line_of_its_own_into_the_unit_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    for place, refused in ((tmp_path / name, True), (tmp_path / "a b%i 'ü'", False)):
+        place.mkdir()
+        fd = os.open(place, os.O_PATH)
+        try:
+            if refused:
+                with pytest.raises(streams.BadStream, match="control character"):
+                    streams.directory_of(fd)
+            else:
+                assert streams.directory_of(fd).path == str(place)
+        finally:
+            os.close(fd)

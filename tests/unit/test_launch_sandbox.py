@@ -190,3 +190,12 @@ def test_landlock_grants_writing_where_the_mounts_do() -> None:
     written = {r.path for r in granted if r.access is Access.WRITE}
     assert written == {"/home/dev/work", "/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue"}
     assert [r.path for r in granted if r.access is Access.READ] == ["/"]
+
+
+def test_a_unit_takes_no_text_that_systemd_would_read_as_a_line_of_its_own() -> None:
+    for evil in ("/home/dev/a\nExecStopPost=+/bin/true", "/home/dev/a\rb"):
+        with pytest.raises(ValueError, match="ReadWritePaths holds a control character"):
+            made(box(evil))
+        with pytest.raises(ValueError, match="InaccessiblePaths"):
+            made(box(covered=(evil,)))
+    assert of(box("/home/dev/a b"), "ReadWritePaths") == ["/home/dev/a b"]
