@@ -137,7 +137,12 @@ def _look(home: str, directory: str, declared: Sequence[str], terminal: int) -> 
     except OSError as e:
         reason = e.strerror or str(e)
     try:
-        sockets = outside.read_socket_paths(real_home)
+        sockets, complete = outside.read_socket_paths(real_home, directory)
+        if not complete:
+            notes.append(
+                "not all folders were looked through for sockets of other programs; "
+                "those that are not where they were bound may stay within reach"
+            )
     except OSError as e:
         sockets = []
         notes.append(f"sockets of other programs stay within reach: {e}")

@@ -34,6 +34,58 @@ def test_an_empty_table_has_none() -> None:
     assert outside.socket_paths("", HOME) == outside.socket_paths(TABLE.splitlines()[0], HOME) == []
 
 
+def bound(name: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(name)
+    return listener
+
+
+def test_a_socket_is_found_where_it_was_linked_or_moved_to_after_it_was_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "PRIVATE_FOLDERS", ())
+    deep = tmp_path / "home" / ".config" / "editor"
+    ssh = tmp_path / "home" / ".ssh"
+    for folder in (deep, ssh, tmp_path / "work"):
+        folder.mkdir(parents=True)
+    with (
+        bound(str(ssh / "control.Random")),
+        bound(str(tmp_path / "work" / "plain")),
+        bound(str(tmp_path / "work" / "before")),
+    ):
+        os.link(ssh / "control.Random", ssh / "control")  # as ssh does
+        (ssh / "control.Random").unlink()
+        (tmp_path / "work" / "before").rename(deep / "after")
+        found, complete = outside.read_socket_paths(str(tmp_path / "home"), str(tmp_path / "work"))
+    ours = {path for path in found if path.startswith(str(tmp_path))}
+    assert complete
+    assert {str(ssh / "control"), str(deep / "after"), str(tmp_path / "work/plain")} <= ours
+
+
+def test_a_socket_with_a_relative_name_is_found_in_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "PRIVATE_FOLDERS", ())
+    (tmp_path / "ssh").mkdir()
+    (tmp_path / "ssh" / "file").touch()
+    monkeypatch.chdir(tmp_path / "ssh")
+    with bound("control"):
+        monkeypatch.chdir("/")
+        found, _ = outside.read_socket_paths(str(tmp_path), str(tmp_path))
+    assert str(tmp_path / "ssh" / "control") in found
+    assert str(tmp_path / "ssh" / "file") not in found
+
+
+def test_a_search_that_is_cut_short_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    assert outside.search((), (str(tmp_path),)) == (set(), True)
+    monkeypatch.setattr(outside, "MAX_FOLDERS", 2)
+    assert outside.search((), (str(tmp_path),)) == (set(), False)
+
+
 def test_only_sockets_that_are_there_and_may_be_opened_are_reachable(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with socket.socket(socket.AF_UNIX) as listener:
