@@ -43,6 +43,8 @@ DENIALS_READ = 20_000
 """Records read back at start to fill them again."""
 REGISTERED_SECONDS = 60.0
 """How long a run may stay without a cgroup before it is given up."""
+GONE_SECONDS = 15.0
+"""How long after its cgroup's end aa-launch, which knows the exit code, is waited for."""
 USER_RUN_PREFIX = "user/"
 
 NO_POLICY_REASON = (
@@ -119,6 +121,8 @@ class Gateway:
         self._denials: dict[str, deque[Record]] = {}
         self._rates: dict[str, Rate] = {}
         self._watchers: set[Callable[[Run], None]] = set()
+        self._missing: dict[str, float] = {}
+        """Since when a run's cgroup is gone, on the monotonic clock."""
         self.on_status: Callable[[], None] = lambda: None
         self._recall_denials()
 
@@ -417,9 +421,16 @@ class Gateway:
     def end_vanished(self) -> list[Run]:
         """Ends runs whose cgroup is gone, for when aa-launch could not tell."""
         vanished = []
+        now = time.monotonic()
+        missing = {
+            run.id
+            for run in self.registry.live()
+            if run.cgroup and cgroup.cgroup_id(run.cgroup) != run.cgroup_id
+        }
+        self._missing = {run: self._missing.get(run, now) for run in missing}
         for run in self.registry.live():
             if run.cgroup:
-                gone = cgroup.cgroup_id(run.cgroup) != run.cgroup_id
+                gone = now - self._missing.get(run.id, now) >= GONE_SECONDS
             else:
                 gone = time.time() - run.started > REGISTERED_SECONDS
             if gone:

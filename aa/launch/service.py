@@ -557,7 +557,22 @@ class Launcher:
                 self._adopt(run)
             else:
                 self._spawn(self._end_stranded(run))
+        self._sweep()
         self._known.set()
+
+    def _sweep(self) -> None:
+        """Failed units of runs that the gateway has given up are of no use to anybody."""
+        try:
+            for unit in self._systemd.list(paths.run_unit("*")):
+                run = unit.removeprefix("aa-agent-").removesuffix(".service")
+                if run in self._live:
+                    continue
+                if self._systemd.state(unit).over:
+                    self._systemd.forget(unit)
+                else:
+                    log.error("%s runs, but the gateway does not know it: it is denied all", unit)
+        except SystemdError as e:
+            log.warning("systemd: %s", e)
 
     def _adopt(self, run: Run) -> None:
         """Watches a run that an earlier life of this service started."""

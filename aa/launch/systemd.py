@@ -172,6 +172,11 @@ class Systemd:
             signal=status if code in (KILLED, DUMPED) else None,
         )
 
+    def list(self, pattern: str) -> list[str]:
+        """The names of loaded units."""
+        arguments = [(ord("a"), b"s"), (-1, None), *apply_signature(b"as", [[pattern.encode()]])]
+        return [row[0].decode() for row in self._manager(b"ListUnitsByPatterns", arguments)]
+
     def kill(self, unit: str, who: Who, signal: int) -> None:
         self._manager(
             b"KillUnit", apply_signature(b"ssi", [unit.encode(), who.value.encode(), signal])

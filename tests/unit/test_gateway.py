@@ -296,8 +296,12 @@ def test_an_ended_run_decides_nothing_any_more(gateway: Gateway) -> None:
         gateway.end(run.id, exit_code=0, signal=None)
 
 
-def test_a_run_whose_cgroup_is_gone_is_ended(gateway: Gateway) -> None:
+def test_a_run_whose_cgroup_is_gone_is_ended_unless_launch_tells_its_end_first(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = start_run(gateway)
+    assert gateway.end_vanished() == []
+    monkeypatch.setattr("aa.gateway.gateway.GONE_SECONDS", 0.0)
     assert [r.id for r in gateway.end_vanished()] == [run.id]
     assert gateway.registry.get_live(run.id) is None
 

@@ -48,6 +48,9 @@ class FakeSystemd:
     def state(self, unit: str) -> UnitState:
         return self.states.get(unit, UnitState(False, "inactive"))
 
+    def list(self, pattern: str) -> list[str]:
+        return list(self.states)
+
     def kill(self, unit: str, who: Who, number: int) -> None:
         self.done.append(("kill", unit))
         if unit not in self.states:
@@ -324,7 +327,9 @@ def test_a_program_that_cannot_be_executed_is_an_end_with_a_reason(play: Play) -
 def test_a_unit_that_dies_before_the_shim_is_explained(play: Play) -> None:
     async def test(stage: Stage) -> None:
         failed = UnitState(True, "failed", "exit-code", exit_code=226)
-        stage.systemd.states["aa-agent-r0.service"] = failed
+        stage.systemd.on_start = lambda path: stage.systemd.states.update(
+            {"aa-agent-r0.service": failed}
+        )
         with pytest.raises(VarlinkError, match="mount namespace"):
             await stage.start()
         assert "226" in (await stage.ended())["reason"]
@@ -410,6 +415,7 @@ def test_runs_of_an_earlier_life_are_watched_again_and_those_over_are_ended(play
             stage.gateway.runs[name] = replace(base, id=name, cgroup=f"x/{name}")
             if state:
                 stage.systemd.states[f"aa-agent-{name}.service"] = state
+        stage.systemd.states["aa-agent-unknown.service"] = UnitState(True, "failed", exit_code=1)
         stage.gateway.runs["half"] = replace(base, id="half", state=RunState.STARTING)
         stage.gateway.runs["user/ada"] = replace(base, id="user/ada")
         restart(stage)
@@ -420,6 +426,7 @@ def test_runs_of_an_earlier_life_are_watched_again_and_those_over_are_ended(play
         assert ends["failed"]["exit_code"] == 9
         assert (ends["gone"]["exit_code"], ends["gone"]["signal"]) == (None, None)
         assert "restarted" in ends["half"]["reason"]
+        assert ("forget", "aa-agent-unknown.service") in stage.systemd.done
         stage.systemd.states["aa-agent-alive.service"] = UnitState(True, "inactive", exit_code=1)
         while len(stage.gateway.ends) < 4:
             await asyncio.sleep(0.01)
