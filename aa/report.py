@@ -85,12 +85,9 @@ class Reporter:
 
     async def run(self) -> None:
         """Sends until cancelled, through any number of gateway restarts."""
-        for attempt in itertools.count():
-            try:
-                client = await AsyncClient.connect(self._socket)
-            except Unreachable:
-                await asyncio.sleep(_backoff(attempt))
-                continue
+        while True:
+            client = await _connection(self._socket)
+            client.on_end = self._wake.set  # a gateway that restarts wants the status again
             try:
                 self.connected = True
                 self._status_sent = self._status is None
@@ -100,7 +97,7 @@ class Reporter:
             finally:
                 self.connected = False
                 await client.close()
-            await asyncio.sleep(_backoff(0))
+            await asyncio.sleep(RECONNECT_SECONDS[0])
 
     async def close(self) -> None:
         """Waits a little for the spool to empty; what is left then is logged as lost."""
@@ -113,6 +110,8 @@ class Reporter:
     async def _send_all(self, client: AsyncClient) -> None:
         while True:
             self._wake.clear()
+            if client.closed:
+                raise ConnectionResetError("the connection ended")
             if not self._status_sent and self._status is not None:
                 state, details = self._status
                 await client.call(
@@ -148,8 +147,14 @@ class Reporter:
             self._spool.popleft()
 
 
-def _backoff(attempt: int) -> float:
-    return RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)]
+async def _connection(socket: Path) -> AsyncClient:
+    """Waits for the gateway to be there, with pauses that grow each time anew."""
+    pauses = itertools.chain(RECONNECT_SECONDS, itertools.repeat(RECONNECT_SECONDS[-1]))
+    while True:
+        try:
+            return await AsyncClient.connect(socket)
+        except Unreachable:
+            await asyncio.sleep(next(pauses))
 
 
 OnRun = Callable[[Run], Awaitable[None] | None]
@@ -183,12 +188,8 @@ class RunTable:
 
     async def follow(self) -> None:
         """Keeps the table true until cancelled, through any number of gateway restarts."""
-        for attempt in itertools.count():
-            try:
-                client = await AsyncClient.connect(self._socket)
-            except Unreachable:
-                await asyncio.sleep(_backoff(attempt))
-                continue
+        while True:
+            client = await _connection(self._socket)
             try:
                 async for message in client.stream(f"{ENFORCE}.WatchRuns"):
                     self._take(message)
@@ -197,7 +198,7 @@ class RunTable:
             finally:
                 self.synchronised = False
                 await client.close()
-            await asyncio.sleep(_backoff(0))
+            await asyncio.sleep(RECONNECT_SECONDS[0])
 
     def _take(self, message: Mapping[str, Any]) -> None:
         runs = [Run.from_json(r) for r in message["runs"]]

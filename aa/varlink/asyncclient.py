@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from aa.varlink.client import DEFAULT_TIMEOUT, call_message, parameters_of
@@ -23,6 +23,8 @@ class AsyncClient:
         self._waiting: deque[asyncio.Queue[dict[str, Json] | Exception]] = deque()
         self._task = asyncio.get_running_loop().create_task(self._receive())
         self._broken: Exception | None = None
+        self.on_end: Callable[[], None] | None = None
+        """Called once, when the connection has ended."""
 
     @classmethod
     async def connect(
@@ -115,3 +117,5 @@ class AsyncClient:
             queue.put_nowait(error)
         self._waiting.clear()
         self._writer.close()
+        if self.on_end is not None:
+            self.on_end()
