@@ -50,7 +50,7 @@ $(LINT)/bin/ruff: packaging/requirements-lint.txt | deps
 	$(LINT)/bin/pip install --quiet --requirement packaging/requirements-lint.txt
 
 lint: $(LINT)/bin/ruff
-	$(LINT)/bin/ruff check --no-cache aa tests benchmarks
+	$(LINT)/bin/ruff check --no-cache aa tests benchmarks docs
 	$(LINT)/bin/mypy --cache-dir build/mypy
 
 bench: deb
