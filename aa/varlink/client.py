@@ -98,7 +98,8 @@ class Client:
         sent = self._sock.sendmsg(
             [data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         )
-        self._sock.sendall(data[sent:])
+        if sent < len(data):
+            self._sock.sendall(data[sent:])
 
     def _receive(self) -> dict[str, Json]:
         while not self._replies:
