@@ -19,8 +19,11 @@ from aa.launch.service import Launcher
 from aa.launch.systemd import Systemd
 from aa.tomlfile import InvalidFile
 from aa.varlink import Peer, Server
+from aa.varlink.server import MAX_FDS, Limits
 
 STATUS_SECONDS = 1.0
+LIMITS = Limits(fds=MAX_FDS)
+"""It alone takes descriptors: a run's streams and its folder."""
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ async def main(daemon: Daemon) -> None:
             config()
 
     launcher = Launcher(config, Systemd())
-    server = Server(given[0], launcher.service(), admit=refuse_governed)
+    server = Server(given[0], launcher.service(), admit=refuse_governed, limits=LIMITS)
     daemon.reload = reload
     daemon.ready(launcher.status_line())
     chores = [

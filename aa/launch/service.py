@@ -563,7 +563,7 @@ class Launcher:
     def _sweep(self) -> None:
         """Failed units of runs that the gateway has given up are of no use to anybody."""
         try:
-            for unit in self._systemd.list(paths.run_unit("*")):
+            for unit in self._systemd.loaded(paths.run_unit("*")):
                 run = unit.removeprefix("aa-agent-").removesuffix(".service")
                 if run in self._live:
                     continue

@@ -172,7 +172,7 @@ class Systemd:
             signal=status if code in (KILLED, DUMPED) else None,
         )
 
-    def list(self, pattern: str) -> list[str]:
+    def loaded(self, pattern: str) -> list[str]:
         """The names of loaded units."""
         arguments = [(ord("a"), b"s"), (-1, None), *apply_signature(b"as", [[pattern.encode()]])]
         return [row[0].decode() for row in self._manager(b"ListUnitsByPatterns", arguments)]

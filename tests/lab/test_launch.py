@@ -286,7 +286,7 @@ def test_a_run_cannot_start_or_end_runs(box: Container) -> None:
         cwd=WORK,
         properties=["Slice=aa-agents-local.slice"],
     )
-    assert (done.code, "a run cannot start" in done.err) == (125, True)
+    assert (done.code, "a run cannot start" in done.err) == (125, True), done
 
 
 def test_the_agent_is_the_one_declared_under_the_commands_name(box: Container) -> None:

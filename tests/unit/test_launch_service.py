@@ -48,7 +48,7 @@ class FakeSystemd:
     def state(self, unit: str) -> UnitState:
         return self.states.get(unit, UnitState(False, "inactive"))
 
-    def list(self, pattern: str) -> list[str]:
+    def loaded(self, pattern: str) -> list[str]:
         return list(self.states)
 
     def kill(self, unit: str, who: Who, number: int) -> None:
