@@ -1,3 +1,3 @@
-"""Agent Assembly: every action of an AI agent on this host is decided by one policy and recorded once."""
+"""Agent Assembly: what AI agents on this host do is decided by one policy and recorded once."""
 
 __version__ = "0.1.0"
