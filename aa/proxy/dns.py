@@ -466,11 +466,8 @@ async def ask(server: str, port: int, query: Query) -> dns.message.Message:
     Raises `OSError`, `EOFError` or a DNS exception. A random id and a fresh socket
     for each question; answers that do not fit the question are passed over.
     """
-    question = dns.message.make_query(
-        dns.name.from_text(query.text + "."), query.type, use_edns=0, payload=UDP_PAYLOAD
-    )
-    question.id = secrets.randbelow(1 << 16)
-    wire = question.to_wire()
+    number = secrets.randbelow(1 << 16)
+    wire = upstream_question(query, number)
     family, name = _socket_name(server, port)
     loop = asyncio.get_running_loop()
     kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -478,16 +475,16 @@ async def ask(server: str, port: int, query: Query) -> dns.message.Message:
         sock.connect(name)
         await loop.sock_sendall(sock, wire)
         while True:
-            answer = _fitting(await loop.sock_recv(sock, 65535), question)
+            answer = fitting(await loop.sock_recv(sock, 65535), query, number)
             if answer is not None:
                 break
     if not answer.flags & dns.flags.TC:
         return answer
-    return await _ask_tcp(family, name, question, wire)
+    return await _ask_tcp(family, name, query, wire)
 
 
 async def _ask_tcp(
-    family: int, name: tuple[str | int, ...], question: dns.message.Message, wire: bytes
+    family: int, name: tuple[str | int, ...], query: Query, wire: bytes
 ) -> dns.message.Message:
     loop = asyncio.get_running_loop()
     kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -501,7 +498,8 @@ async def _ask_tcp(
     try:
         writer.write(_LENGTH.pack(len(wire)) + wire)
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        answer = _fitting(await reader.readexactly(length), question)
+        number = int.from_bytes(wire[:2], "big")
+        answer = fitting(await reader.readexactly(length), query, number)
     finally:
         writer.close()
     if answer is None:
@@ -509,15 +507,27 @@ async def _ask_tcp(
     return answer
 
 
-def _fitting(wire: bytes, question: dns.message.Message) -> dns.message.Message | None:
+def upstream_question(query: Query, number: int) -> bytes:
+    """The query made anew: recursion wanted, one question, an empty OPT record, nothing else."""
+    labels = query.text.encode("ascii").split(b".")
+    name = b"".join(bytes((len(label),)) + label for label in labels) + b"\0"
+    head = struct.pack("!6H", number, dns.flags.RD, 1, 0, 0, 1)
+    question = name + struct.pack("!2H", query.type, dns.rdataclass.IN)
+    return head + question + struct.pack("!B2HIH", 0, dns.rdatatype.OPT, UDP_PAYLOAD, 0, 0)
+
+
+def fitting(wire: bytes, query: Query, number: int) -> dns.message.Message | None:
     """The parsed answer, if it is one to this question."""
-    if wire[:2] != question.id.to_bytes(2, "big"):
+    if wire[:2] != number.to_bytes(2, "big"):
         return None
     try:
         answer = dns.message.from_wire(wire, ignore_trailing=True)
     except (dns.exception.DNSException, ValueError, IndexError, struct.error):
         return None
-    return answer if question.is_response(answer) and answer.question else None
+    if not answer.flags & dns.flags.QR or answer.opcode() != dns.opcode.QUERY:
+        return None
+    asked = [(q.name, q.rdtype, q.rdclass) for q in answer.question]
+    return answer if asked == [(query.name, query.type, dns.rdataclass.IN)] else None
 
 
 def _socket_name(server: str, port: int) -> tuple[int, tuple[str | int, ...]]:

@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 from aa.model import Action, Decision, Effect, Report
 from aa.proxy import dns as forwarder
 from aa.proxy.ask import Refusals
-from aa.proxy.dns import Forwarder, Rejected, failure, parse_query, to_wire
+from aa.proxy.dns import (
+    Forwarder,
+    Query,
+    Rejected,
+    failure,
+    fitting,
+    parse_query,
+    to_wire,
+    upstream_question,
+)
 from aa.proxy.hostdns import HostNames, Nameservers
 from aa.proxy.identify import Client, Stranger
 
@@ -108,6 +117,54 @@ def test_an_answer_that_does_not_fit_is_cut_and_says_so() -> None:
     cut = dns.message.from_wire(to_wire(answer, query, udp=True))
     assert cut.flags & dns.flags.TC and not cut.answer
     assert len(dns.message.from_wire(to_wire(answer, query, udp=False)).answer[0]) == 100
+
+
+# -- the question that goes on, and its answer
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ABC.Test", "A"), ("_x._tcp.a.test", "SRV")])
+def test_the_question_that_goes_on_has_the_name_and_the_type_and_nothing_else(
+    name: str, kind: str
+) -> None:
+    options = [dns.edns.GenericOption(65001, b"hidden")]
+    query = parse_query(wire(name, kind, use_edns=0, options=options, want_dnssec=True))
+    question = upstream_question(query, 0xBEEF)
+    expected = dns.message.make_query(name.lower(), kind, use_edns=0, payload=1232, id=0xBEEF)
+    assert question == expected.to_wire()
+
+
+def answered(query: Query, **changes: Any) -> bytes:
+    reply = dns.message.make_response(dns.message.from_wire(upstream_question(query, 7)))
+    for name, value in changes.items():
+        setattr(reply, name, value)
+    return bytes(reply.to_wire())
+
+
+def test_an_answer_to_the_question_fits() -> None:
+    query = parse_query(wire("ABC.Test"))
+    assert fitting(answered(query), query, 7) is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": 8},
+        {"flags": 0},
+        {"flags": dns.flags.QR | 0x2000},
+        {"question": []},
+        {"question": [dns.rrset.from_text("abc.test.", 0, "IN", "AAAA")]},
+        {"question": [dns.rrset.from_text("evil.org.", 0, "IN", "A")]},
+        {"question": [dns.rrset.from_text("abc.test.", 0, "CH", "A")]},
+    ],
+)
+def test_an_answer_to_anything_else_is_passed_over(changes: dict[str, Any]) -> None:
+    query = parse_query(wire())
+    assert fitting(answered(query, **changes), query, 7) is None
+
+
+@given(st.binary(max_size=80))
+def test_no_answer_breaks_the_reader(data: bytes) -> None:
+    fitting(b"\0\7" + data, parse_query(wire()), 7)
 
 
 # -- with a gateway
