@@ -23,6 +23,8 @@ from aa.launch.service import Launcher, Live
 from aa.launch.systemd import NoSuchUnit, SystemdError, UnitState, Who
 from aa.model import Layer, Run, RunState
 from aa.varlink import AsyncClient, Call, Client, Peer, Server, Service, VarlinkError
+from aa.varlink.server import Limits
+from aa.varlink.server import MAX_FDS, Limits
 
 USER = pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 LAUNCH = "io.agentassembly.Launch"
@@ -231,7 +233,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
                 doors=tmp_path / "doors",
             )
             gateway.open()
-            server = Server.at(tmp_path / "launch", launcher.service())
+            server = Server.at(tmp_path / "launch", launcher.service(), limits=Limits(fds=16))
             following = asyncio.create_task(launcher.follow())
             try:
                 async with asyncio.timeout(20):
