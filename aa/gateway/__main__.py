@@ -24,9 +24,12 @@ from aa.gateway.source import WATCH_SECONDS
 from aa.model import Kind, Run
 from aa.tomlfile import InvalidFile
 from aa.varlink import Peer, Server
+from aa.varlink.server import Limits
 
 VANISHED_SECONDS = 5.0
 SECOND = 1.0
+RUN_LIMITS = Limits(connections=32, connections_per_uid=32, calls_per_second=4000)
+"""Of one run's own socket: what a hostile run can take of the time and memory of all."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,11 @@ class RunSockets:
 
         # Anyone could open the socket by mode; `admit` lets in only the run's own cgroup.
         self._servers[run.id] = Server.at(
-            where / "gateway", run_service(self._gateway, run.id), mode=0o666, admit=admit
+            where / "gateway",
+            run_service(self._gateway, run.id),
+            mode=0o666,
+            admit=admit,
+            limits=RUN_LIMITS,
         )
 
     def _refuse_stranger(self, run_id: str, peer: Peer) -> str | None:

@@ -12,10 +12,12 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +41,16 @@ MAX_UNSENT = 8 << 20
 """Bytes that a peer may leave unread before its connection is closed."""
 MAX_FDS = 16
 """Descriptors in flight on one connection."""
+CALLS_PER_TURN = 16
+"""Calls of one connection that are answered before all others have their turn."""
+UNSENT_BEFORE_MORE = 64 << 10
+"""Bytes of replies that may wait for their reader while its next call is answered."""
+BYTES_PER_CALL = 4096
+"""A longer message counts as so many more calls."""
+PAUSE_SECONDS = 0.05
+"""How long a connection rests whose listener is over its rate."""
+ACCEPT_PAUSE_SECONDS = 0.1
+"""How long accepting rests when the process is out of descriptors."""
 
 SO_PEERPIDFD = 77  # linux/include/uapi/asm-generic/socket.h, since 6.5
 
@@ -57,6 +69,37 @@ class Peer:
     @property
     def governed(self) -> bool:
         return cgroup.is_governed(self.cgroup)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one listener spends on its peers. Over the rate they wait, and the others do not."""
+
+    connections: int = MAX_CONNECTIONS
+    connections_per_uid: int = MAX_CONNECTIONS_PER_UID
+    fds: int = 0
+    calls_per_second: float = math.inf
+
+
+class Rate:
+    """A bucket of one second's calls."""
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._left = per_second
+        self._at = time.monotonic()
+
+    def take(self, size: int) -> bool:
+        """Whether a message of this size may be answered now."""
+        if self._per_second == math.inf:
+            return True
+        now = time.monotonic()
+        gained = (now - self._at) * self._per_second
+        self._left, self._at = min(self._per_second, self._left + gained), now
+        if self._left <= 0:
+            return False
+        self._left -= 1 + size // BYTES_PER_CALL
+        return True
 
 
 @dataclass(slots=True)
@@ -156,12 +199,20 @@ class Server:
     """One listening socket. `admit` refuses peers with a reason before they can call anything."""
 
     def __init__(
-        self, sock: socket.socket, service: Service, *, admit: Admission = lambda peer: None
+        self,
+        sock: socket.socket,
+        service: Service,
+        *,
+        admit: Admission = lambda peer: None,
+        limits: Limits = Limits(),
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self.service = service
         self._admit = admit
+        self._limits = limits
+        self._rate = Rate(limits.calls_per_second)
+        self._closed = False
         self._connections: set[Connection] = set()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._accept)
@@ -174,6 +225,7 @@ class Server:
         *,
         mode: int = 0o600,
         admit: Admission = lambda peer: None,
+        limits: Limits = Limits(),
     ) -> Server:
         """Listens at a path, in place of whatever socket was there before."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -185,9 +237,10 @@ class Server:
         finally:
             os.umask(before)
         sock.listen(128)
-        return cls(sock, service, admit=admit)
+        return cls(sock, service, admit=admit, limits=limits)
 
     def close(self) -> None:
+        self._closed = True
         self._loop.remove_reader(self._sock)
         self._sock.close()
         for connection in list(self._connections):
@@ -199,8 +252,12 @@ class Server:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except OSError as e:  # out of descriptors, or the peer left already
+            except ConnectionAbortedError:  # the peer left already
+                continue
+            except OSError as e:  # out of descriptors: asking again at once would not help
                 log.warning("accept: %s", e)
+                self._loop.remove_reader(self._sock)
+                self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
                 return
             sock.setblocking(False)
             try:
@@ -214,14 +271,26 @@ class Server:
                 continue
             refused = self._admit(peer)
             self._connections.add(
-                Connection(sock, self.service, peer, refused, self._connections.discard)
+                Connection(
+                    sock,
+                    self.service,
+                    peer,
+                    refused,
+                    self._connections.discard,
+                    rate=self._rate,
+                    fds=self._limits.fds,
+                )
             )
 
+    def _resume(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._sock, self._accept)
+
     def _crowded(self, peer: Peer) -> bool:
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= self._limits.connections:
             return True
         same = sum(1 for c in self._connections if c.peer.uid == peer.uid)
-        return same >= MAX_CONNECTIONS_PER_UID
+        return same >= self._limits.connections_per_uid
 
 
 class Connection:
@@ -234,12 +303,18 @@ class Connection:
         peer: Peer,
         refused: str | None,
         on_close: Callable[[Connection], None],
+        *,
+        rate: Rate,
+        fds: int,
     ) -> None:
         self.peer = peer
         self._sock = sock
         self._service = service
         self._refused = refused
         self._on_close = on_close
+        self._rate = rate
+        self._most_fds = fds
+        self._later: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
         self._framer = Framer()
         self._calls: deque[bytes] = deque()
@@ -258,6 +333,8 @@ class Connection:
         self._loop.remove_writer(self._sock)
         if self._task:
             self._task.cancel()
+        if self._later:
+            self._later.cancel()
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
@@ -267,7 +344,7 @@ class Connection:
     def _readable(self) -> None:
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
-                65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+                65536, socket.CMSG_SPACE(self._most_fds * 4), socket.MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
             return
@@ -275,7 +352,7 @@ class Connection:
             self.close()
             return
         self._keep_fds(ancillary)
-        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS or not data:
+        if flags & socket.MSG_CTRUNC or len(self._fds) > self._most_fds or not data:
             self.close()
             return
         try:
@@ -294,9 +371,21 @@ class Connection:
                 self._fds.extend(fds)
 
     def _serve(self) -> None:
-        """Answers what waits, until a call needs time; then its task goes on from there."""
-        while self._calls and self._task is None and not self._closed:
-            self._answer(self._calls.popleft())
+        """Answers what waits, until a call needs time; then its task goes on from there.
+
+        It also stops for a peer that does not read, for the others' turn, and at the rate.
+        """
+        turn = 0
+        while self._calls and self._task is None and not self._closed and not self._later:
+            if len(self._unsent) > UNSENT_BEFORE_MORE:
+                break  # `_writable` goes on
+            if turn >= CALLS_PER_TURN:
+                self._later = self._loop.call_soon(self._go_on)
+            elif not self._rate.take(len(self._calls[0])):
+                self._later = self._loop.call_later(PAUSE_SECONDS, self._go_on)
+            else:
+                turn += 1
+                self._answer(self._calls.popleft())
         if self._closed:
             return
         if self._reading and len(self._calls) >= MAX_QUEUED_CALLS:
@@ -305,6 +394,10 @@ class Connection:
         elif not self._reading and len(self._calls) < MAX_QUEUED_CALLS:
             self._reading = True
             self._loop.add_reader(self._sock, self._readable)
+
+    def _go_on(self) -> None:
+        self._later = None
+        self._serve()
 
     def _answer(self, message: bytes) -> None:
         oneway = False
@@ -414,3 +507,4 @@ class Connection:
         del self._unsent[:sent]
         if not self._unsent:
             self._loop.remove_writer(self._sock)
+            self._serve()

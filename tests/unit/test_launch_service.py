@@ -24,7 +24,6 @@ from aa.launch.systemd import NoSuchUnit, SystemdError, UnitState, Who
 from aa.model import Layer, Run, RunState
 from aa.varlink import AsyncClient, Call, Client, Peer, Server, Service, VarlinkError
 from aa.varlink.server import Limits
-from aa.varlink.server import MAX_FDS, Limits
 
 USER = pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 LAUNCH = "io.agentassembly.Launch"

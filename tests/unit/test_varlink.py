@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from aa.varlink import AsyncClient, Call, Client, Server, Service, VarlinkError, load_interface
 from aa.varlink.codec import MAX_DEPTH, MAX_MESSAGE, Framer, ProtocolError, decode, encode
+from aa.varlink.server import CALLS_PER_TURN, MAX_FDS, UNSENT_BEFORE_MORE, Limits
 from aa.varlink.idl import IdlError, parse_interface
 
 INTERFACES = ("Gateway", "Enforce", "Control", "Launch")
@@ -149,7 +151,13 @@ def test_parameters_that_do_not_fit_are_named(change: dict[str, Any], wrong: str
 
 
 @contextmanager
-def launch_server(path: Path, *, refused: str | None = None, **methods: Any) -> Iterator[Path]:
+def launch_server(
+    path: Path,
+    *,
+    refused: str | None = None,
+    limits: Limits = Limits(fds=MAX_FDS),
+    **methods: Any,
+) -> Iterator[Path]:
     """A server of io.agentassembly.Launch in a thread of its own."""
 
     def unexpected(call: Call) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def launch_server(path: Path, *, refused: str | None = None, **methods: Any) -> 
     async def live() -> None:
         service = Service("test", "0")
         service.add("io.agentassembly.Launch", functions)
-        server = Server.at(path, service, admit=lambda peer: refused)
+        server = Server.at(path, service, admit=lambda peer: refused, limits=limits)
         end = asyncio.Event()
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(end.set))
@@ -317,3 +325,105 @@ def test_a_missed_deadline_ends_an_asyncio_client(tmp_path: Path) -> None:
 
     with launch_server(tmp_path / "s", Kill=kill) as path:
         asyncio.run(talk(path))
+
+
+# -- what a hostile peer can take of others
+
+CALL = b'{"method":"io.agentassembly.Launch.Kill","parameters":{"run":"%s"}}\0'
+
+
+def test_descriptors_close_the_connection_where_none_are_taken(tmp_path: Path) -> None:
+    for limits, answered in ((Limits(), False), (Limits(fds=1), True)):
+        path = tmp_path / str(answered)
+        with launch_server(path, limits=limits), socket.socket(socket.AF_UNIX) as raw:
+            raw.connect(str(path))
+            raw.settimeout(5)
+            with open(os.devnull) as null:
+                socket.send_fds(raw, [CALL % b"r"], [null.fileno()])
+            assert bool(raw.recv(10)) is answered
+
+
+def test_a_peer_that_floods_does_not_keep_others_from_their_turn(tmp_path: Path) -> None:
+    order: list[str] = []
+    asked = threading.Event()
+
+    def kill(call: Call) -> dict[str, Any]:
+        order.append(call.parameters["run"])
+        if len(order) == 1:
+            assert asked.wait(5)  # the other peer's call waits too from here on
+        return {}
+
+    with launch_server(tmp_path / "s", Kill=kill) as path:
+        with socket.socket(socket.AF_UNIX) as flood, socket.socket(socket.AF_UNIX) as quiet:
+            quiet.connect(str(path))
+            quiet.settimeout(5)
+            flood.connect(str(path))
+            flood.sendall(CALL % b"flood" * 500)
+            while not order:
+                time.sleep(0.001)
+            quiet.sendall(CALL % b"quiet")
+            asked.set()
+            assert quiet.recv(100)
+            assert order.index("quiet") <= 2 * CALLS_PER_TURN
+
+
+def test_a_peer_that_does_not_read_is_not_answered_further_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    answered = 0
+    size = 16 << 10
+
+    def kill(call: Call) -> dict[str, Any]:
+        nonlocal answered
+        answered += 1
+        raise VarlinkError("io.agentassembly.Launch.BadRequest", {"reason": "x" * size})
+
+    with launch_server(tmp_path / "s", Kill=kill) as path, Client(path) as bystander:
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.connect(str(path))
+            raw.settimeout(5)
+            raw.sendall(CALL % b"r" * 250)
+            before = -1
+            while answered != before:
+                before = answered
+                time.sleep(0.2)
+            kernel = raw.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            assert answered <= (UNSENT_BEFORE_MORE + 2 * kernel) / size + 2 < 250
+            assert bystander.call("org.varlink.service.GetInfo")["product"] == "test"
+            replies = 0
+            while replies < 250:
+                replies += raw.recv(1 << 16).count(b"\0")
+    assert answered == 250
+
+
+def test_a_listener_over_its_rate_makes_its_peers_wait(tmp_path: Path) -> None:
+    took = {}
+    for rate in (100.0, 1e6):
+        done = 0
+
+        def kill(call: Call) -> dict[str, Any]:
+            nonlocal done
+            done += 1
+            return {}
+
+        began = time.monotonic()
+        limits = Limits(calls_per_second=rate)
+        path = tmp_path / str(rate)
+        with launch_server(path, limits=limits, Kill=kill), Client(path) as client:
+            for _ in range(150):
+                client.call("io.agentassembly.Launch.Kill", {"run": "r"})
+        assert done == 150
+        took[rate] = time.monotonic() - began
+    assert took[100.0] > 0.4 > took[1e6]
+
+
+def test_connections_over_the_listeners_limit_are_closed(tmp_path: Path) -> None:
+    with launch_server(tmp_path / "s", limits=Limits(connections_per_uid=2)) as path:
+        with Client(path) as first, Client(path) as second:
+            for client in (first, second):
+                client.call("org.varlink.service.GetInfo")
+            with Client(path) as third, pytest.raises(OSError):
+                third.call("org.varlink.service.GetInfo")
+        time.sleep(0.1)  # until it has seen both ends
+        with Client(path) as later:
+            later.call("org.varlink.service.GetInfo")
