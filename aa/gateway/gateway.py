@@ -139,7 +139,7 @@ class Gateway:
         if run is None:
             decision = deny("this process belongs to no known run", rule="<unknown-run>")
             return self._record_decision(Subject(run_id), layer, action, decision)
-        if self._over_rate(run):
+        if self.over_rate(run):
             limit = self.config.gateway.decisions_per_second
             return deny(
                 f"run {run.id} asks for more than {limit} decisions a second; slow down, or raise "
@@ -200,7 +200,8 @@ class Gateway:
             return None
         return Run(run_id, "", name, user.pw_uid, user.pw_dir, frozenset((Layer.PROXY,)))
 
-    def _over_rate(self, run: Run) -> bool:
+    def over_rate(self, run: Run) -> bool:
+        """Takes one record of the run's rate; True, and counted as refused, when none is left."""
         limit = float(self.config.gateway.decisions_per_second)
         now = time.monotonic()
         rate = self._rates.setdefault(run.id, Rate(limit, now))

@@ -108,6 +108,11 @@ def run_service(gateway: Gateway, run_id: str) -> Service:
 
     def report(call: Call) -> Reply:
         action = Action.from_json(call.parameters["action"])
+        if gateway.over_rate(live()):
+            raise VarlinkError(
+                "io.agentassembly.PermissionDenied",
+                {"reason": "the run reports more than gateway.decisions_per_second allows"},
+            )
         gateway.write_report(
             Report(
                 type=RecordType.OBSERVED,

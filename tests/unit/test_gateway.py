@@ -17,8 +17,10 @@ from aa.audit.journal import Journal
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.config import Config
 from aa.gateway.gateway import Gateway, LayerNotReady, RunUnknown, TooManyRuns
+from aa.gateway.interfaces import run_service
 from aa.gateway.runs import RegistryCorrupt, RunRegistry
 from aa.model import Action, Effect, Kind, Layer, Mode, RecordType, Report, Run, RunState
+from aa.varlink import Call, Peer, VarlinkError
 
 POLICY = """
 [policy]
@@ -234,6 +236,34 @@ def test_a_run_that_floods_is_denied_and_told_once(gateway: Gateway, records: An
     gateway.flush_rate_refusals()
     told = [r for r in records() if r["rule"] == "<limit:decisions_per_second>"]
     assert [(r["run"], r["count"]) for r in told] == [(flooding.id, refused)]
+
+
+def test_reports_of_a_run_are_under_the_same_limit_and_cannot_fill_the_log(
+    gateway: Gateway, records: Any
+) -> None:
+    flooding, quiet = start_run(gateway), start_run(gateway)
+    method = "io.agentassembly.Gateway.Report"
+    said = {"action": tool("read").as_json(), "outcome": "done"}
+
+    def report(run: Run, count: int) -> int:
+        function, parameters = run_service(gateway, run.id).find(
+            {"method": method, "parameters": said}
+        )
+        refused = 0
+        for _ in range(count):
+            try:
+                function(Call(method, parameters, False, Peer(1, 2, 3, run.cgroup)))
+            except VarlinkError:
+                refused += 1
+        return refused
+
+    refused = report(flooding, 300)
+    assert 150 < refused < 220
+    assert report(quiet, 50) == 0
+    gateway.flush_rate_refusals()
+    of = [r for r in records() if r["run"] == flooding.id and r["type"] != "lifecycle"]
+    assert sum(r["count"] for r in of if r["type"] == "observed") == 300 - refused
+    assert sum(r["count"] for r in of if r["type"] == "refusal") == refused
 
 
 def test_a_run_starts_when_every_component_of_its_layers_confirmed(gateway: Gateway) -> None:
