@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -78,8 +79,9 @@ class Start:
                 connection.sendall(json.dumps(message).encode() + b"\0")
             connection.shutdown(socket.SHUT_WR)
             said = b""
-            while part := connection.recv(65536):
-                said += part
+            with contextlib.suppress(ConnectionResetError):  # it left without reading the go-ahead
+                while part := connection.recv(65536):
+                    said += part
         out, _ = process.communicate(timeout=SECONDS)
         return process.returncode, json.loads(said.strip(b"\0") or b"{}"), out
 
