@@ -1,4 +1,4 @@
-"""For every test: one that is skipped, or expected to fail, counts as failed; a busy machine does not."""
+"""For every test: one that is skipped, or expected to fail, counts as failed; none depends on the machine's speed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-SKIPPED = "a skipped test proves nothing: install what it needs, or delete it"
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
-# The deadline of one example is a machine's, not the code's; pytest-timeout bounds the whole test.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+SKIPPED = "a skipped test proves nothing: install what it needs, or delete it"
 
 
 def _fail_if_skipped(report: Any) -> None:
