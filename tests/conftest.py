@@ -1,4 +1,4 @@
-"""For every test: one that is skipped, or expected to fail, counts as failed; none depends on the machine's speed."""
+"""For every test: one that is skipped, or expected to fail, counts as failed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
 
 SKIPPED = "a skipped test proves nothing: install what it needs, or delete it"
 

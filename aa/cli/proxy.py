@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 
 import click
 
+from aa import config as configuration
 from aa.cli.ca import install_ca, uninstall_ca
 from aa.cli.errors import NOT_PERMITTED, NOT_RUNNING, Failure
 from aa.cli.output import json_option, print_json, print_table
 from aa.cli.units import systemctl, unit_states
-from aa.paths import DNS_PORT, ENFORCE_SOCKET, EXPLICIT_PORT, FRONT_PORT
+from aa.config import Listen
+from aa.paths import ENFORCE_SOCKET
+from aa.tomlfile import InvalidFile
 
 SERVICE = "aa-proxy.service"
 SOCKET = "aa-proxy.socket"
@@ -37,8 +39,9 @@ Examples:
 
 The same as `systemctl start aa-proxy`, which also starts the gateway, the redirect and
 the kernel layer. --listen and --gateway make a runtime drop-in below /run/systemd/system
-that is gone after a reboot; without them, an earlier one is removed. The rules of the
-redirect and the kernel's guard are rendered again for the new place."""
+that is gone after a reboot; without them, an earlier one is removed. So does [listen] in
+agent-assembly.toml where it differs from what the units ship. The rules of the redirect and
+the kernel's guard are rendered again for the new place."""
 )
 @click.option(
     "--listen", metavar="ADDRESS:PORT", help="Where the explicit proxy listens (loopback)."
@@ -50,8 +53,7 @@ redirect and the kernel's guard are rendered again for the new place."""
 )
 def start(listen: str | None, gateway: Path | None) -> None:
     """Start the proxy and everything it needs."""
-    address = _loopback(listen) if listen else None
-    changed = _write_drop_ins(address, gateway)
+    changed = _write_drop_ins(_listeners(listen), listen, gateway)
     if changed:
         systemctl("daemon-reload")
         systemctl("stop", SERVICE, SOCKET)
@@ -61,54 +63,44 @@ def start(listen: str | None, gateway: Path | None) -> None:
     click.echo(f"{SERVICE} is running", err=True)
 
 
-def _loopback(listen: str) -> str:
-    host, _, port = listen.rpartition(":")
+def _listeners(listen: str | None) -> Listen:
+    """What the configuration says, with --listen in place of the explicit listener."""
+    environment = {"AA_LISTEN": listen} if listen else {}
     try:
-        address = ipaddress.ip_address(host.strip("[]"))
-        number = int(port)
-    except ValueError:
-        raise Failure(f"--listen {listen}: not ADDRESS:PORT", code=2) from None
-    if not address.is_loopback or address.version != 4:
+        found = configuration.overridden(configuration.load(), environment).listen
+    except InvalidFile as e:
+        raise Failure(str(e.problems[0]), hint="nothing was changed", code=2) from e
+    if ":" in found.explicit_address:
         raise Failure(
-            f"--listen {listen}: only IPv4 loopback; the proxy knows its clients as local sockets",
-            code=2,
+            f"{found.explicit_address}: the explicit proxy listens on IPv4 loopback alone", code=2
         )
-    if not 0 < number < 65536 or number in (FRONT_PORT, DNS_PORT):
-        raise Failure(f"--listen {listen}: port {port} cannot be used", code=2)
-    return f"{address}:{number}"
+    return found
 
 
-def _write_drop_ins(listen: str | None, gateway: Path | None) -> bool:
-    """Makes the drop-ins say this and no more. Returns True when anything changed."""
-    environment = ""
-    if listen:
-        environment += f"Environment=AA_LISTEN={listen}\n"
+def _write_drop_ins(listeners: Listen, listen: str | None, gateway: Path | None) -> bool:
+    """Makes the drop-ins say this and no more. Returns True when anything changed.
+
+    The socket unit has one when the listeners are not those that it was shipped with.
+    """
+    environment = f"Environment=AA_LISTEN={listen}\n" if listen else ""
     if gateway and gateway != ENFORCE_SOCKET:
         environment += f"Environment=AA_GATEWAY={gateway}\n"
     wanted = {unit: f"[Service]\n{environment}" if environment else "" for unit in READERS}
-    wanted[SOCKET] = _socket_drop_in(listen) if listen else ""
+    wanted[SOCKET] = "" if listeners == Listen() else _socket_drop_in(listeners)
     changed = False
     for unit, text in wanted.items():
         changed |= _put(RUNTIME_UNITS / f"{unit}.d" / DROP_IN, text)
     return changed
 
 
-def _socket_drop_in(listen: str) -> str:
-    return "\n".join(
-        [
-            "[Socket]",
-            "ListenStream=",
-            "ListenDatagram=",
-            *(f"ListenStream={a}:{FRONT_PORT}" for a in ("127.0.0.1", "[::1]")),
-            f"ListenStream={listen}",
-            *(
-                f"{k}={a}:{DNS_PORT}"
-                for k in ("ListenStream", "ListenDatagram")
-                for a in ("127.0.0.1", "[::1]")
-            ),
-            "",
-        ]
-    )
+def _socket_drop_in(listen: Listen) -> str:
+    both = ("127.0.0.1", "[::1]")
+    lines = ["[Socket]", "ListenStream=", "ListenDatagram="]
+    lines += [f"ListenStream={a}:{listen.front_port}" for a in both]
+    lines += [f"ListenStream={listen.explicit_address}:{listen.explicit_port}"]
+    for kind in ("ListenStream", "ListenDatagram"):
+        lines += [f"{kind}={a}:{listen.dns_port}" for a in both]
+    return "\n".join([*lines, ""])
 
 
 def _put(path: Path, text: str) -> bool:
@@ -154,7 +146,7 @@ def status(as_json: bool) -> None:
     states = unit_states((SERVICE, SOCKET, "aa-redirect.service"))
     running = states[SERVICE] == "active"
     if as_json:
-        print_json({"running": running, "explicit_port": EXPLICIT_PORT, "units": states})
+        print_json({"running": running, "units": states})
     else:
         click.echo("running" if running else "not running")
         print_table(("unit", "state"), states.items())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from aa.daemon import Daemon, serve
+from aa import config as configuration
+from aa.daemon import CannotStart, Daemon, serve
 from aa.ebpf.loader import PIN_DIR, NoPinDirectory, unload
 from aa.ebpf.service import KernelLayer, settings_from
+from aa.tomlfile import InvalidFile
 
 
 async def _main(daemon: Daemon) -> None:
-    await KernelLayer(settings_from(os.environ), daemon).run()
+    try:
+        config = configuration.load()
+    except InvalidFile as e:
+        hint = "mend it and `systemctl restart aa-ebpf`; what is pinned stays in force"
+        raise CannotStart(str(e.problems[0]), hint=hint) from e
+    await KernelLayer(settings_from(config), daemon).run()
 
 
 def main() -> int:

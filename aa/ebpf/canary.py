@@ -48,8 +48,9 @@ class Proof:
 class Canary:
     """Sends canaries out. `saw` gets every event of the ring and keeps its own."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, allowed_port: int = DNS_PORT) -> None:
         self._loader = loader
+        self._allowed = allowed_port  # of one of the proxy's own ends
         self._cgroups: set[int] = set()
         self._seen: set[str] = set()
         self._enough = asyncio.Event()
@@ -84,7 +85,7 @@ class Canary:
         self._enough.clear()
         before = refusals(self._loader.tallies(), own)
         try:
-            tried = await _send_child(directory)
+            tried = await _send_child(directory, self._allowed)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EVENT_SECONDS):
                     await self._enough.wait()
@@ -93,7 +94,7 @@ class Canary:
                 directory.rmdir()  # made again next time; a leftover is taken over
         after = refusals(self._loader.tallies(), own)
         observe = tuple(f"the canary's {x} was not seen" for x in sorted(_WANTED - self._seen))
-        return Proof(tuple(judge(tried, before, after)), observe)
+        return Proof(tuple(judge(tried, before, after, self._allowed)), observe)
 
 
 def refusals(tallies: dict[bytes, int], cgroup: int) -> dict[tuple[int, int], int]:
@@ -111,7 +112,10 @@ def refusals(tallies: dict[bytes, int], cgroup: int) -> dict[tuple[int, int], in
 
 
 def judge(
-    tried: dict[str, Any], before: dict[tuple[int, int], int], after: dict[tuple[int, int], int]
+    tried: dict[str, Any],
+    before: dict[tuple[int, int], int],
+    after: dict[tuple[int, int], int],
+    allowed_port: int = DNS_PORT,
 ) -> Iterable[str]:
     """What is wrong with the guard, seen from a canary: its errnos and the kernel's counts."""
 
@@ -122,7 +126,7 @@ def judge(
         yield "a packet to a closed port was let through"
     elif not counted(events.REFUSED_END, CLOSED_PORT):
         yield f"a packet was refused by something else ({_errno(tried['refused'])})"
-    if tried["allowed"] != 0 or counted(events.REFUSED_END, DNS_PORT):
+    if tried["allowed"] != 0 or counted(events.REFUSED_END, allowed_port):
         yield f"a packet to the proxy's own end was refused ({_errno(tried['allowed'])})"
     for name, error in tried["sockets"].items():
         if error == 0:
@@ -131,7 +135,7 @@ def judge(
         yield "no socket was refused by the guard"
 
 
-async def _send_child(directory: Path) -> dict[str, Any]:
+async def _send_child(directory: Path, allowed_port: int) -> dict[str, Any]:
     child = await asyncio.create_subprocess_exec(
         "/bin/sh",
         "-c",
@@ -142,7 +146,7 @@ async def _send_child(directory: Path) -> dict[str, Any]:
         "-S",
         str(CHILD),
         str(CLOSED_PORT),
-        str(DNS_PORT),
+        str(allowed_port),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

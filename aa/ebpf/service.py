@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aa import cgroup, paths
+from aa.config import Config
 from aa.daemon import CannotStart, Daemon
 from aa.ebpf import events, libbpf, tables
 from aa.ebpf.canary import Canary, Proof
@@ -52,23 +53,16 @@ class Settings:
     slices: Slices = field(default_factory=Slices)
     gateway: Path = paths.ENFORCE_SOCKET
     ends: tuple[tables.End, ...] = field(default_factory=tables.proxy_ends)
+    dns_port: int = paths.DNS_PORT
 
 
-def settings_from(environment: dict[str, str] | os._Environ[str]) -> Settings:
-    """AA_LISTEN and AA_GATEWAY as `aasm proxy start` sets them. Raises `CannotStart`."""
-    settings = Settings(
-        objects=Path(environment.get("AA_BPF_OBJECTS", paths.BPF_OBJECTS_DIR)),
-        gateway=Path(environment.get("AA_GATEWAY", paths.ENFORCE_SOCKET)),
-    )
-    listen = environment.get("AA_LISTEN")
-    if not listen:
-        return settings
+def settings_from(config: Config) -> Settings:
+    """Settings of a host with this configuration. Raises `CannotStart`."""
     try:
-        return Settings(
-            objects=settings.objects, gateway=settings.gateway, ends=tables.proxy_ends(listen)
-        )
+        ends = tables.proxy_ends(config.listen)
     except ValueError as e:
-        raise CannotStart(f"AA_LISTEN={listen}: {e}", hint="aasm proxy start --listen") from e
+        raise CannotStart(str(e), hint="mend [listen] in agent-assembly.toml") from e
+    return Settings(gateway=config.gateway.socket, dns_port=config.listen.dns_port, ends=ends)
 
 
 class KernelLayer:
@@ -80,7 +74,7 @@ class KernelLayer:
         self.loader = Loader(pins=settings.pins, objects=settings.objects, slices=settings.slices)
         self.reporter = Reporter(COMPONENT, socket=settings.gateway)
         self.runs = RunTable(socket=settings.gateway, on_run=self._on_run)
-        self.canary = Canary(self.loader)
+        self.canary = Canary(self.loader, settings.dns_port)
         self.rung = Rung.OFF
         self.problems: tuple[str, ...] = ("not proved yet",)
         self._proof: Proof | None = None

@@ -10,7 +10,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from aa.paths import DNS_PORT, EXPLICIT_PORT, FRONT_PORT
+from aa.config import Listen
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -67,21 +67,20 @@ class End:
         return f"{host}:{self.port}/{name}"
 
 
-def proxy_ends(explicit: str = f"127.0.0.1:{EXPLICIT_PORT}") -> tuple[End, ...]:
+def proxy_ends(listen: Listen = Listen()) -> tuple[End, ...]:
     """The front's, the explicit listener's and the DNS forwarder's ends.
 
-    `explicit` is ADDRESS:PORT. Raises `ValueError` unless it is IPv4 loopback: a
-    mistake here must not open a way to the network.
+    Raises `ValueError` unless the explicit listener is on IPv4 loopback: a mistake
+    here must not open a way to the network.
     """
-    host, _, port = explicit.rpartition(":")
-    listener = ipaddress.IPv4Address(host)
-    if not listener.is_loopback or not 0 < int(port) < 65536:
-        raise ValueError(f"{explicit} is not on IPv4 loopback")
-    ends = [End(listener, int(port), socket.IPPROTO_TCP)]
+    explicit = ipaddress.IPv4Address(listen.explicit_address)
+    if not explicit.is_loopback or not 0 < listen.explicit_port < 65536:
+        raise ValueError(f"{explicit}:{listen.explicit_port} is not on IPv4 loopback")
+    ends = [End(explicit, listen.explicit_port, socket.IPPROTO_TCP)]
     for loopback in LOOPBACK:
-        ends.append(End(loopback, FRONT_PORT, socket.IPPROTO_TCP))
-        ends.append(End(loopback, DNS_PORT, socket.IPPROTO_TCP))
-        ends.append(End(loopback, DNS_PORT, socket.IPPROTO_UDP))
+        ends.append(End(loopback, listen.front_port, socket.IPPROTO_TCP))
+        ends.append(End(loopback, listen.dns_port, socket.IPPROTO_TCP))
+        ends.append(End(loopback, listen.dns_port, socket.IPPROTO_UDP))
     return tuple(ends)
 
 

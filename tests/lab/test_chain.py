@@ -493,6 +493,23 @@ def test_the_explicit_proxy_can_listen_elsewhere(box: Container) -> None:
     assert governed(box, CLIENTS["curl-proxy"]).ok
 
 
+def test_the_configuration_can_move_every_listener(box: Container) -> None:
+    """Front, forwarder, rules and guard have to agree, or nothing works."""
+    config = "/etc/agent-assembly/agent-assembly.toml"
+    before = box.pull(config)
+    box.push(config, "[listen]\nfront_port = 9898\nexplicit_port = 9899\ndns_port = 9853\n")
+    try:
+        box.run(["aasm", "proxy", "start"]).check()
+        request = ["curl", "-sS", "--max-time", "5", f"https://{API}/"]
+        assert governed(box, request).ok
+        assert governed(box, [*request, "-x", "http://127.0.0.1:9899"]).ok
+        assert not governed(box, ["curl", "-sS", "--max-time", "5", f"https://{DENIED}/"]).ok
+    finally:
+        box.push(config, before)
+        box.run(["aasm", "proxy", "start"]).check()
+    assert governed(box, CLIENTS["curl-proxy"]).ok
+
+
 def test_an_operator_sees_and_ends_a_run(box: Container) -> None:
     running = box.popen(
         ["aasm", "run", "--agent", "sample", "--", "sleep", "60"], user="dev", cwd=WORK

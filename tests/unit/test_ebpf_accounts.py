@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aa.config import Listen
 from aa.ebpf import events, tables
 from aa.ebpf.canary import judge
 from aa.ebpf.ledger import SAMPLES, Gap, Ledger
@@ -146,16 +147,19 @@ def test_the_proxys_ends_are_loopback_alone() -> None:
 
 
 def test_another_explicit_listener_takes_the_place_of_the_first() -> None:
-    ends = {str(end) for end in proxy_ends("127.0.0.2:3128")}
+    ends = {
+        str(end) for end in proxy_ends(Listen(explicit_address="127.0.0.2", explicit_port=3128))
+    }
     assert "127.0.0.2:3128/tcp" in ends and "127.0.0.1:8899/tcp" not in ends
 
 
 @pytest.mark.parametrize(
-    "listen", ["0.0.0.0:8899", "10.0.0.1:80", "127.0.0.1:0", "[::1]:1", "x", ""]
+    ("address", "port"),
+    [("0.0.0.0", 8899), ("10.0.0.1", 80), ("127.0.0.1", 0), ("::1", 1), ("x", 1), ("", 1)],
 )
-def test_a_listener_that_is_not_on_loopback_is_refused(listen: str) -> None:
+def test_a_listener_that_is_not_on_loopback_is_refused(address: str, port: int) -> None:
     with pytest.raises(ValueError):
-        proxy_ends(listen)
+        proxy_ends(Listen(explicit_address=address, explicit_port=port))
 
 
 def merged(record: bytes, count: int = 1) -> Merged[events.Event]:
