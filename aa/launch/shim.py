@@ -16,7 +16,7 @@ import sys
 
 TYPE_CHECKING = False  # importing typing would take longer than all the rest
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import Any, NoReturn
 
 WAIT_SECONDS = 150.0
@@ -245,15 +245,17 @@ def verify_privileges(groups: list[int]) -> None:
         raise Failure("privileges", "capabilities would be kept")
 
 
-def verify_place(place: dict[str, Any], what: str) -> None:
-    """A folder must be the very one that was checked, and as writable as it was meant to be.
+def verify_place(place: dict[str, Any], what: str) -> int:
+    """A descriptor of a folder, which must be the very one that was checked, and as writable as meant.
 
-    A link swapped in while the sandbox was made shows here: in the inode, or in the mount.
+    A link swapped in while the sandbox was made shows here: in the inode, or in the mount. What is
+    granted later is granted to this descriptor, so that swapping again afterwards gains nothing.
     """
     path = place["path"]
     try:
-        found = os.stat(path, follow_symlinks=False)
-        flags = os.statvfs(path).f_flag
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(fd)
+        flags = os.fstatvfs(fd).f_flag
     except OSError as e:
         raise Failure(what, f"{path}: {e.strerror}") from None
     if place["inode"] is not None and (found.st_dev, found.st_ino) != (
@@ -263,14 +265,15 @@ def verify_place(place: dict[str, Any], what: str) -> None:
         raise Failure(what, f"{path} is not the folder that it was when the run was asked for")
     if place["writable"] and flags & os.ST_RDONLY:
         raise Failure(what, f"{path} is read-only in the sandbox")
+    return fd
 
 
-def enter(directory: dict[str, Any]) -> None:
+def enter(directory: dict[str, Any]) -> int:
     try:
         os.chdir(directory["path"])
     except OSError as e:
         raise Failure("directory", f"{directory['path']}: {e.strerror}") from None
-    verify_place({**directory, "path": "."}, "directory")
+    return verify_place({**directory, "path": "."}, "directory")
 
 
 def landlock_abi() -> int:
@@ -279,17 +282,24 @@ def landlock_abi() -> int:
     return max(0, int(found))
 
 
-def landlock(rules: list[list[str]], required: bool) -> None:
-    """Confines this process and all that it will start to what the rules grant."""
+def landlock(
+    rules: list[list[str]], required: bool, opened: Mapping[str, int] | None = None
+) -> None:
+    """Confines this process and all that it will start to what the rules grant.
+
+    `opened` are the folders that were verified, by the paths that rules have for them.
+    """
     abi = landlock_abi()
     if abi < MINIMUM_ABI:
         if required:
             raise Failure("landlock", f"this kernel has ABI {abi}, {MINIMUM_ABI} is needed")
         return
-    restrict(rules, abi)
+    restrict(rules, abi, opened or {})
 
 
-def restrict(rules: list[list[str]], abi: int) -> None:
+def restrict(
+    rules: list[list[str]], abi: int, opened: Mapping[str, int]
+) -> None:
     """Applies rules (path, access) under one ABI; what it does not know is not handled."""
     import ctypes
 
@@ -303,14 +313,15 @@ def restrict(rules: list[list[str]], abi: int) -> None:
         "landlock_create_ruleset",
     )
     for path, access in rules:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        fd = opened[path] if path in opened else os.open(path, os.O_PATH | os.O_CLOEXEC)
         # struct landlock_path_beneath_attr is packed: 64 bits of rights, 32 of descriptor
         rule = (ACCESS[access] & handled).to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
         checked(
             c.syscall(SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0),
             f"landlock_add_rule {path}",
         )
-        os.close(fd)
+        if path not in opened:
+            os.close(fd)
     checked(c.syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
 
@@ -350,10 +361,12 @@ def confine(instructions: dict[str, Any]) -> None:
     os.setgroups(groups)
     drop_capabilities()
     verify_privileges(groups)
-    enter(instructions["directory"])
+    directory = instructions["directory"]
+    opened = {directory["path"]: enter(directory)}
     for folder in instructions["folders"]:
-        verify_place(folder, "folder")
-    landlock(instructions["landlock"]["rules"], instructions["landlock"]["required"])
+        opened[folder["path"]] = verify_place(folder, "folder")
+    rules = instructions["landlock"]
+    landlock(rules["rules"], rules["required"], opened)
     default_signals()
 
 

@@ -145,7 +145,7 @@ def test_the_rules_of_older_abis_apply_here_too(place: Path) -> None:
             code = OTHER
             try:
                 shim.checked(shim.libc().prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
-                shim.restrict([["/", "read"], [str(place / "work"), "write"]], abi)
+                shim.restrict([["/", "read"], [str(place / "work"), "write"]], abi, {})
                 (place / "work" / str(abi)).write_text("x")
                 try:
                     (place / "other" / str(abi)).write_text("x")
@@ -154,6 +154,54 @@ def test_the_rules_of_older_abis_apply_here_too(place: Path) -> None:
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == WORKS, f"ABI {abi}"
+
+
+def test_a_link_put_in_place_of_a_verified_folder_gets_no_rights(place: Path) -> None:
+    """Another run of the same user may write the folder above and so swap the one in it."""
+    work, moved = place / "work", place / "moved"
+    status = work.stat()
+    told = {"path": str(work), "device": status.st_dev, "inode": status.st_ino, "writable": True}
+
+    def outcome(top: Path) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = OTHER
+            try:
+                shim.checked(shim.libc().prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+                opened = {str(work): shim.verify_place(told, "folder")}
+                work.rename(moved)
+                work.symlink_to(place / "other")
+                shim.landlock([["/", "read"], [str(work), "write"]], True, opened)
+                (top / "new").write_text("x")
+                code = WORKS
+            except OSError as e:
+                code = e.errno or OTHER
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        work.unlink()
+        moved.rename(work)
+        return code
+
+    assert outcome(place / "other") == errno.EACCES
+    assert outcome(moved) == WORKS
+
+
+def test_a_link_is_no_folder_to_verify(place: Path) -> None:
+    status = (place / "work").stat()
+    (place / "link").symlink_to("work")
+    for name, fits in (("work", True), ("link", False)):
+        told = {
+            "path": str(place / name),
+            "device": status.st_dev,
+            "inode": status.st_ino,
+            "writable": True,
+        }
+        if fits:
+            os.close(shim.verify_place(told, "folder"))
+        else:
+            with pytest.raises(shim.Failure):
+                shim.verify_place(told, "folder")
 
 
 def test_without_landlock_a_run_that_needs_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
