@@ -29,21 +29,24 @@ class ShimFailed(Exception):
 
 
 class Door:
-    """The socket of one run. A context manager: the path is gone at the end."""
+    """The socket of one run, its user's alone. A context manager: the path is gone at the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, uid: int) -> None:
         self.path = path
+        self._uid = uid
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
 
     def __enter__(self) -> Door:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
-        before = os.umask(0o111)  # who may talk is decided by cgroup, not by mode
+        # Who may talk is decided by cgroup; the mode keeps others from filling the queue before it.
+        before = os.umask(0o177)
         try:
             self._socket.bind(str(self.path))
         finally:
             os.umask(before)
+        os.chown(self.path, self._uid, -1)
         self._socket.listen(4)
         return self
 

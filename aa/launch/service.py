@@ -329,7 +329,7 @@ class Launcher:
         config: Config,
     ) -> None:
         """Unit, shim, barrier, go. Raises `NotStarted`."""
-        with Door(self._doors / live.run.id) as door:
+        with Door(self._doors / live.run.id, live.run.uid) as door:
             unit = sandbox.properties(live.run, box, shim_socket=str(door.path), streams=three)
             try:
                 self._systemd.start(live.unit, unit)

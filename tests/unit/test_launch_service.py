@@ -529,10 +529,11 @@ def test_the_resolvers_file_is_found_only_in_hidden_places(tmp_path: Path) -> No
     assert service.hidden_resolver(str(link)) == ""
 
 
-def test_the_socket_of_a_door_is_open_to_all_and_gone_afterwards(tmp_path: Path) -> None:
+def test_the_socket_of_a_door_is_its_users_alone_and_gone_afterwards(tmp_path: Path) -> None:
     async def test() -> None:
-        with service.Door(tmp_path / "d") as door:
-            assert door.path.stat().st_mode & 0o777 == 0o666
+        with service.Door(tmp_path / "d", USER.pw_uid) as door:
+            status = door.path.stat()
+            assert (status.st_mode & 0o777, status.st_uid) == (0o600, USER.pw_uid)
             caller = asyncio.create_task(door.caller())
             with socket.socket(socket.AF_UNIX) as shim:
                 shim.setblocking(False)
