@@ -15,14 +15,40 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
+/*
+ * A walk from a file up to the root of its mount namespace. It lies in a map and not on
+ * the stack, where the verifier would follow its numbers from step to step and, on
+ * older kernels, never see an end.
+ */
+struct aa_walk {
+	__u64 dentry;
+	__u64 mount;
+	__u32 start; /* where in the record's data */
+	__u32 len;
+	__u32 complete;
+	__u32 pad;
+};
+
 /* An exec record is put together here and then copied, so that a short one takes
  * little of the ring. Tracepoints are not preempted by each other on one CPU. */
+struct aa_draft {
+	struct aa_walk walk;
+	struct aa_exec exec;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct aa_exec);
-} aa_draft SEC(".maps");
+	__type(value, struct aa_draft);
+} aa_drafts SEC(".maps");
+
+static __always_inline struct aa_draft *aa_draft_here(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&aa_drafts, &zero);
+}
 
 /* Processes whose end is told already: two last threads can end at the same time. */
 struct aa_process {
@@ -48,41 +74,35 @@ static __always_inline const struct aa_config *aa_observes(void)
 	return config;
 }
 
-/* A walk from a file up to the root of its mount namespace. */
-struct aa_walk {
-	struct dentry *dentry;
-	struct mount *mount;
-	__u32 start; /* where in the draft's data */
-	__u32 len;
-	__u32 complete;
-	__u32 pad;
-};
-
 /* One step: writes one name, or goes from a mount to what it is mounted on. */
-static long aa_step_up(__u32 step, struct aa_walk *walk)
+static long aa_step_up(__u32 step, void *unused)
 {
-	struct dentry *dentry = walk->dentry, *parent;
-	struct mount *mount = walk->mount, *above;
-	struct aa_exec *draft;
-	__u32 zero = 0, at;
+	struct aa_draft *draft = aa_draft_here();
+	struct dentry *dentry, *parent;
+	struct mount *mount, *above;
+	struct aa_walk *walk;
+	__u32 at;
 	long written;
 
+	if (!draft)
+		return 1;
+	walk = &draft->walk;
+	dentry = (void *)walk->dentry;
+	mount = (void *)walk->mount;
 	if (dentry == BPF_CORE_READ(mount, mnt.mnt_root)) {
 		above = BPF_CORE_READ(mount, mnt_parent);
 		if (above == mount) {
 			walk->complete = 1;
 			return 1;
 		}
-		walk->dentry = BPF_CORE_READ(mount, mnt_mountpoint);
-		walk->mount = above;
+		walk->dentry = (__u64)BPF_CORE_READ(mount, mnt_mountpoint);
+		walk->mount = (__u64)above;
 		return 0;
 	}
-	draft = bpf_map_lookup_elem(&aa_draft, &zero);
 	at = walk->start + walk->len;
-	if (!draft || walk->len > AA_PATH_MAX - AA_NAME_MAX ||
-	    at > AA_EXEC_DATA_MAX - AA_NAME_MAX)
+	if (walk->len > AA_PATH_MAX - AA_NAME_MAX || at > AA_EXEC_DATA_MAX - AA_NAME_MAX)
 		return 1;
-	written = bpf_probe_read_kernel_str(&draft->data[at], AA_NAME_MAX,
+	written = bpf_probe_read_kernel_str(&draft->exec.data[at], AA_NAME_MAX,
 					    BPF_CORE_READ(dentry, d_name.name));
 	if (written <= 0)
 		return 1;
@@ -92,29 +112,71 @@ static long aa_step_up(__u32 step, struct aa_walk *walk)
 		walk->complete = 1;
 		return 1;
 	}
-	walk->dentry = parent;
+	walk->dentry = (__u64)parent;
 	return 0;
 }
 
 /*
- * Writes the components of a path into the draft from `start` on, from the leaf to
- * the root of the mount namespace; a chroot does not shorten it. Returns their length
+ * The parts of an exec record. Each is a global function, which the verifier judges by
+ * itself: as one program their bounds multiply, and older kernels give up.
+ *
+ * This one writes the components of a path into the draft from `start` on, from the leaf
+ * to the root of the mount namespace; a chroot does not shorten it. Returns their length
  * and sets `cut` in the draft's flags when the bounds were met first.
  */
-static __always_inline __u32 aa_components(const struct path *path, struct aa_exec *draft,
-					   __u32 start, __u32 cut)
+__noinline __u32 aa_components(__u64 address, __u32 start, __u32 cut)
 {
-	struct vfsmount *vfsmount = BPF_CORE_READ(path, mnt);
-	struct aa_walk walk = {
-		.dentry = BPF_CORE_READ(path, dentry),
-		.mount = (void *)vfsmount - bpf_core_field_offset(struct mount, mnt),
-		.start = start,
-	};
+	const struct path *path = (void *)address;
+	struct aa_draft *draft = aa_draft_here();
 
-	bpf_loop(AA_PATH_DEPTH, aa_step_up, &walk, 0);
-	if (!walk.complete)
-		draft->head.flags |= cut;
-	return walk.len > AA_PATH_MAX ? AA_PATH_MAX : walk.len;
+	if (!draft)
+		return 0;
+	draft->walk.dentry = (__u64)BPF_CORE_READ(path, dentry);
+	draft->walk.mount =
+		(__u64)BPF_CORE_READ(path, mnt) - bpf_core_field_offset(struct mount, mnt);
+	draft->walk.start = start;
+	draft->walk.len = 0;
+	draft->walk.complete = 0;
+	bpf_loop(AA_PATH_DEPTH, aa_step_up, NULL, 0);
+	if (!draft->walk.complete)
+		draft->exec.head.flags |= cut;
+	return draft->walk.len;
+}
+
+/* Writes the name that was asked for to the beginning of the data. Returns its length with its NUL. */
+__noinline __u32 aa_filename(__u64 address)
+{
+	struct aa_draft *draft = aa_draft_here();
+	long read;
+
+	if (!draft)
+		return 0;
+	read = bpf_probe_read_kernel_str(draft->exec.data, AA_FILENAME_MAX, (void *)address);
+	if (read < 1) {
+		draft->exec.data[0] = 0;
+		return 1;
+	}
+	if (read == AA_FILENAME_MAX)
+		draft->exec.head.flags |= AA_FILENAME_CUT;
+	return read;
+}
+
+/* Writes the arguments to the data from `start` on. Returns how many bytes that took. */
+__noinline __u32 aa_arguments(__u64 address, __u64 len, __u32 start)
+{
+	struct aa_draft *draft = aa_draft_here();
+
+	if (!draft || start > AA_EXEC_DATA_MAX - AA_ARGV_MAX)
+		return 0;
+	if (len > AA_ARGV_MAX) {
+		len = AA_ARGV_MAX;
+		draft->exec.head.flags |= AA_ARGV_CUT;
+	}
+	if (bpf_probe_read_user(&draft->exec.data[start], len, (void *)address)) {
+		draft->exec.head.flags |= AA_ARGV_UNREAD;
+		return 0;
+	}
+	return len;
 }
 
 SEC("tp_btf/sched_process_exec")
@@ -122,67 +184,43 @@ int BPF_PROG(aa_on_exec, struct task_struct *task, pid_t old_pid, struct linux_b
 {
 	const struct aa_config *config = aa_observes();
 	struct aa_count *count = aa_counted(AA_EXEC);
-	unsigned long arg_start, arg_len;
-	struct aa_exec *draft;
+	struct aa_draft *draft = aa_draft_here();
+	struct aa_exec *record;
+	struct fs_struct *fs;
 	struct file *file;
-	__u32 zero = 0, len;
-	long read;
+	__u64 start, end;
+	__u32 len;
 
-	if (!config || !count)
+	if (!config || !count || !draft)
 		return 0;
-	draft = bpf_map_lookup_elem(&aa_draft, &zero);
-	if (!draft)
-		return 0;
-
-	aa_begin(&draft->head, AA_EXEC, 0, aa_current_run(config));
-	aa_who(&draft->head, config);
+	record = &draft->exec;
+	aa_begin(&record->head, AA_EXEC, 0, aa_current_run(config));
+	aa_who(&record->head, config);
 	file = BPF_CORE_READ(bprm, file);
-	draft->inode = BPF_CORE_READ(file, f_inode, i_ino);
-	draft->device = BPF_CORE_READ(file, f_inode, i_sb, s_dev);
-	draft->argc = BPF_CORE_READ(bprm, argc);
+	record->inode = BPF_CORE_READ(file, f_inode, i_ino);
+	record->device = BPF_CORE_READ(file, f_inode, i_sb, s_dev);
+	record->argc = BPF_CORE_READ(bprm, argc);
 
-	read = bpf_probe_read_kernel_str(draft->data, AA_FILENAME_MAX,
-					 BPF_CORE_READ(bprm, filename));
-	if (read < 1 || read > AA_FILENAME_MAX) {
-		draft->data[0] = 0;
-		read = 1;
+	len = aa_filename((__u64)BPF_CORE_READ(bprm, filename));
+	record->filename_len = len;
+	record->exe_len = aa_components((__u64)&file->f_path, len, AA_EXE_CUT);
+	len += record->exe_len;
+	record->cwd_len = 0;
+	if (record->data[0] != '/') {
+		fs = BPF_CORE_READ(task, fs);
+		record->cwd_len = aa_components((__u64)&fs->pwd, len, AA_CWD_CUT);
+		len += record->cwd_len;
 	}
-	if (read == AA_FILENAME_MAX)
-		draft->head.flags |= AA_FILENAME_CUT;
-	draft->filename_len = read;
-	len = read;
-
-	draft->exe_len = aa_components(&file->f_path, draft, len, AA_EXE_CUT);
-	len += draft->exe_len;
-
-	draft->cwd_len = 0;
-	if (draft->data[0] != '/') {
-		struct fs_struct *fs = BPF_CORE_READ(task, fs);
-
-		draft->cwd_len = aa_components(&fs->pwd, draft, len, AA_CWD_CUT);
-		len += draft->cwd_len;
-	}
-
-	arg_start = BPF_CORE_READ(task, mm, arg_start);
-	arg_len = BPF_CORE_READ(task, mm, arg_end) - arg_start;
-	if (arg_len > AA_ARGV_MAX) {
-		arg_len = AA_ARGV_MAX;
-		draft->head.flags |= AA_ARGV_CUT;
-	}
-	if (len > AA_EXEC_DATA_MAX - AA_ARGV_MAX)
-		return 0; /* cannot be: each part above has its bound */
-	if (bpf_probe_read_user(&draft->data[len], arg_len, (void *)arg_start)) {
-		arg_len = 0;
-		draft->head.flags |= AA_ARGV_UNREAD;
-	}
-	draft->argv_len = arg_len;
-	len += arg_len;
+	start = BPF_CORE_READ(task, mm, arg_start);
+	end = BPF_CORE_READ(task, mm, arg_end);
+	record->argv_len = aa_arguments(start, end - start, len);
+	len += record->argv_len;
 
 	len += offsetof(struct aa_exec, data);
-	if (len > sizeof(*draft))
-		return 0;
-	draft->head.size = len;
-	if (bpf_ringbuf_output(&aa_events, draft, len, 0))
+	if (len > sizeof(*record))
+		len = sizeof(*record); /* cannot be: each part above has its bound */
+	record->head.size = len;
+	if (bpf_ringbuf_output(&aa_events, record, len, 0))
 		aa_add(&count->lost);
 	else
 		aa_add(&count->events);

@@ -86,22 +86,46 @@ static __always_inline __u64 aa_current_run(const struct aa_config *config)
 	return id ? id : bpf_get_current_cgroup_id();
 }
 
-/* The pid of a task's process in the loader's pid namespace, 0 if it has none there. */
-static __always_inline __u32 aa_pid_of(struct task_struct *task, __u32 pidns)
+struct aa_pid_search {
+	__u64 number; /* address of a struct upid */
+	__u32 depth;
+	__u32 pidns;
+	__u32 found;
+	__u32 pad;
+};
+
+static long aa_pid_at(__u32 level, struct aa_pid_search *search)
 {
-	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
-	char *number = (char *)pid + bpf_core_field_offset(struct pid, numbers);
-	__u32 depth = BPF_CORE_READ(pid, level);
+	struct upid *upid = (void *)search->number;
 
-#pragma clang loop unroll(disable)
-	for (__u32 i = 0; i < AA_PIDNS_DEPTH && i <= depth; i++) {
-		struct upid *upid = (struct upid *)number;
-
-		if (BPF_CORE_READ(upid, ns, ns.inum) == pidns)
-			return BPF_CORE_READ(upid, nr);
-		number += bpf_core_type_size(struct upid);
+	if (level > search->depth)
+		return 1;
+	if (BPF_CORE_READ(upid, ns, ns.inum) == search->pidns) {
+		search->found = BPF_CORE_READ(upid, nr);
+		return 1;
 	}
+	search->number += bpf_core_type_size(struct upid);
 	return 0;
+}
+
+/*
+ * The pid of a task's process in the loader's pid namespace, 0 if it has none there.
+ *
+ * A global function: verified once by itself, not once more for each way to a call. And
+ * bpf_loop: of a plain loop newer compilers make one whose end older verifiers do not see.
+ */
+__noinline __u32 aa_pid_of(__u64 address, __u32 pidns)
+{
+	struct task_struct *task = (void *)address;
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	struct aa_pid_search search = {
+		.number = (__u64)pid + bpf_core_field_offset(struct pid, numbers),
+		.depth = BPF_CORE_READ(pid, level),
+		.pidns = pidns,
+	};
+
+	bpf_loop(AA_PIDNS_DEPTH, aa_pid_at, &search, 0);
+	return search.found;
 }
 
 static __always_inline void aa_begin(struct aa_head *head, __u8 kind, __u16 size, __u64 cgroup)
@@ -120,8 +144,8 @@ static __always_inline void aa_who(struct aa_head *head, const struct aa_config 
 {
 	struct task_struct *task = (void *)bpf_get_current_task();
 
-	head->pid = aa_pid_of(task, config->pidns);
-	head->ppid = aa_pid_of(BPF_CORE_READ(task, real_parent), config->pidns);
+	head->pid = aa_pid_of((__u64)task, config->pidns);
+	head->ppid = aa_pid_of((__u64)BPF_CORE_READ(task, real_parent), config->pidns);
 	head->uid = bpf_get_current_uid_gid();
 	bpf_get_current_comm(head->comm, sizeof(head->comm));
 }
