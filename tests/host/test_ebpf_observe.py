@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from aa.ebpf import events
 from aa.ebpf.events import Exec, Exit, Net
 from aa.ebpf.loader import Loader
-from tests.host.ebpf_world import SERVER4, SERVER6, Recorder, World, ids
+from tests.host.ebpf_world import SERVER4, SERVER6, Recorder, World, ids, sh
 
 LISTEN = """
 host, port = sys.argv[1], int(sys.argv[2])
@@ -238,16 +237,15 @@ def test_the_real_path_survives_a_chroot(
     world: World, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     jail = tmp_path_factory.mktemp("jail")
-    busybox = jail / "busybox"
-    busybox.write_bytes(Path("/bin/busybox").read_bytes())
-    busybox.chmod(0o755)
+    tool = jail / "tool"
+    sh("sh", "-c", f"echo 'int main(void) {{ return 0; }}' | gcc -static -x c -o {tool} -")
     run = world.run_dir(world.local)
-    world.do(run, "chroot", str(jail), "/busybox", "echo", "jailed")
-    seen = recorder.find(Exec, lambda e: e.argv == ("/busybox", "echo", "jailed"))
+    world.do(run, "chroot", str(jail), "/tool", "jailed")
+    seen = recorder.find(Exec, lambda e: e.argv == ("/tool", "jailed"))
     assert seen is not None
-    assert seen.filename == "/busybox"
-    assert seen.exe == str(busybox)
-    assert seen.inode == busybox.stat().st_ino
+    assert seen.filename == "/tool"
+    assert seen.exe == str(tool)
+    assert seen.inode == tool.stat().st_ino
 
 
 def test_a_refused_family_is_not_mistaken_for_an_address(world: World, recorder: Recorder) -> None:
