@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -160,12 +160,7 @@ class World:
 
     def remove_slices(self) -> None:
         """Kills what is in them and removes them, as a stopped slice would be."""
-        for directory, _, _ in os.walk(self.agents, topdown=False):
-            for pid in (Path(directory) / "cgroup.procs").read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-        for directory, _, _ in os.walk(self.agents, topdown=False):
-            eventually(lambda d=directory: _rmdir(Path(d)))
+        _remove_cgroups(self.agents)
 
     def run_dir(self, where: Path, name: str = "aa-agent-test.service") -> Path:
         directory = where / name
@@ -244,16 +239,14 @@ class World:
             process.stdin and process.stdin.close()
 
     def close(self) -> None:
-        for directory, _, _ in os.walk(self.top, topdown=False):
-            for pid in (Path(directory) / "cgroup.procs").read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-        for directory, _, _ in os.walk(self.top, topdown=False):
-            eventually(lambda d=directory: _rmdir(Path(d)))
-        for ns in (self.client, self.server):
-            sh("ip", "netns", "del", ns, check=False)
-        sh("umount", str(self.pins), check=False)
-        shutil.rmtree(self.pins, ignore_errors=True)
+        """Takes everything away, whatever state a failed test left it in."""
+        with contextlib.ExitStack() as last:
+            last.callback(shutil.rmtree, self.pins, ignore_errors=True)
+            # Lazily: a loader that a failed test did not close holds its lock there.
+            last.callback(sh, "umount", "--lazy", str(self.pins), check=False)
+            for ns in (self.client, self.server):
+                last.callback(sh, "ip", "netns", "del", ns, check=False)
+            _remove_cgroups(self.top)
 
 
 PRELUDE = """
@@ -275,6 +268,15 @@ def udp(host, port, data=b"x"):
     s = socket.socket(AF6 if ":" in host else AF4, UDP)
     s.sendto(data, (host, port))
 """
+
+
+def _remove_cgroups(top: Path) -> None:
+    for directory, _, _ in os.walk(top, topdown=False):
+        with contextlib.suppress(FileNotFoundError):
+            for pid in (Path(directory) / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda d=directory: _rmdir(Path(d)))
 
 
 def _rmdir(path: Path) -> bool:
@@ -323,7 +325,3 @@ class Recorder:
 
 def ids(directory: Path) -> int:
     return directory.stat().st_ino
-
-
-def arguments(values: Sequence[object]) -> list[str]:
-    return [str(v) for v in values]
