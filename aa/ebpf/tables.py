@@ -67,7 +67,11 @@ class End:
         return f"{host}:{self.port}/{name}"
 
 
-def proxy_ends(listen: Listen = Listen()) -> tuple[End, ...]:
+SHIPPED = Listen()
+"""Where the units that are shipped listen."""
+
+
+def proxy_ends(listen: Listen = SHIPPED) -> tuple[End, ...]:
     """The front's, the explicit listener's and the DNS forwarder's ends.
 
     Raises `ValueError` unless the explicit listener is on IPv4 loopback: a mistake

@@ -69,6 +69,7 @@ def test_the_proxy_alone_reads_the_intermediate(box: Container, user: str, reads
 
 
 def test_the_proxys_user_makes_leaves_that_programs_accept(box: Container) -> None:
+    box.run(["aasm", "proxy", "install-ca"], timeout=120).check()
     publish(box, "served.example\n")
     box.systemctl("start", SERVICE).check()
     code = "from aa.ca.leaf import LeafIssuer; print(LeafIssuer().issue('www.served.example').chain_pem.decode())"

@@ -104,12 +104,13 @@ class Origins:
 class Container:
     """One lab: container and origins. `name` must be unused; by default it is made from this process's id."""
 
+    _labs = itertools.count(1)
     _numbers = itertools.count(1)
 
     def __init__(
         self, name: str | None = None, *, memory: str = MEMORY, keep: bool = False
     ) -> None:
-        self.name = f"aa-lab-{name or os.getpid()}"
+        self.name = f"aa-lab-{name or f'{os.getpid()}-{next(self._labs)}'}"
         self.state = STATE / self.name
         self.origins = Origins(self.state / "origins")
         self._memory, self._keep = memory, keep
