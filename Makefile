@@ -51,6 +51,7 @@ $(LINT)/bin/ruff: packaging/requirements-lint.txt | deps
 
 lint: $(LINT)/bin/ruff
 	$(LINT)/bin/ruff check --no-cache aa tests benchmarks docs
+	$(LINT)/bin/ruff format --no-cache --check --quiet aa tests benchmarks docs
 	$(LINT)/bin/mypy --cache-dir build/mypy
 
 bench: deb

@@ -160,9 +160,7 @@ def enforce_service(
         p = call.parameters
         action = Action.from_json(p["action"])
         layer = _layer(p["layer"])
-        decision = gateway.decide(
-            p["run"], layer, action, provisional=p.get("provisional") is True
-        )
+        decision = gateway.decide(p["run"], layer, action, provisional=p.get("provisional") is True)
         return {"decision": decision.as_json()}
 
     def report(call: Call) -> Reply:
@@ -392,5 +390,3 @@ def _layer(text: str) -> Layer:
         return Layer(text)
     except ValueError:
         raise MalformedValue(f"layer {text!r} is not one") from None
-
-

@@ -63,9 +63,7 @@ async def look(
             told = json.loads(await _read_all(ours))
     except (TimeoutError, ValueError) as e:
         os.kill(pid, signal.SIGKILL)
-        raise CannotLook(
-            f"cannot look at {directory} as {user.pw_name}: {e or 'no answer'}"
-        ) from e
+        raise CannotLook(f"cannot look at {directory} as {user.pw_name}: {e or 'no answer'}") from e
     finally:
         ours.close()
         await asyncio.shield(_reap(pid))

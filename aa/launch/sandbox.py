@@ -237,9 +237,7 @@ def _privileges() -> Iterable[tuple[str, Any]]:
     ]
 
 
-def _file_system(
-    run: Run, sandbox: Sandbox, shim_socket: str
-) -> Iterable[tuple[str, Any]]:
+def _file_system(run: Run, sandbox: Sandbox, shim_socket: str) -> Iterable[tuple[str, Any]]:
     bound = [p for p in sandbox.writable if any(is_below(p, top) for top in PRIVATE_FOLDERS)]
     shown = [
         (str(paths.run_directory(run.id)), str(paths.RUN_VIEW)),
@@ -275,5 +273,3 @@ def _kernel() -> Iterable[tuple[str, Any]]:
         ("ProtectKernelTunables", True),
         ("ProtectProc", "invisible"),
     ]
-
-

@@ -297,9 +297,7 @@ def landlock(
     restrict(rules, abi, opened or {})
 
 
-def restrict(
-    rules: list[list[str]], abi: int, opened: Mapping[str, int]
-) -> None:
+def restrict(rules: list[list[str]], abi: int, opened: Mapping[str, int]) -> None:
     """Applies rules (path, access) under one ABI; what it does not know is not handled."""
     import ctypes
 

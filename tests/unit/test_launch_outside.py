@@ -107,9 +107,7 @@ def test_the_runs_own_terminal_is_not_among_those_of_others() -> None:
             os.close(fd)
 
 
-def test_what_is_over_the_limit_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_over_the_limit_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside, "MAX_COVERED", 1)
     monkeypatch.setattr(outside, "TERMINALS", str(tmp_path / "none"))
     listeners = []

@@ -164,7 +164,14 @@ def run_environment(caller: dict[str, str], *allowed: str) -> dict[str, str]:
 
 def test_only_allowed_variables_pass() -> None:
     found = run_environment(
-        {"TERM": "x", "LC_ALL": "C", "LD_PRELOAD": "x", "https_proxy": "x", "TOKEN": "t", "HOME": "/x"}
+        {
+            "TERM": "x",
+            "LC_ALL": "C",
+            "LD_PRELOAD": "x",
+            "https_proxy": "x",
+            "TOKEN": "t",
+            "HOME": "/x",
+        }
     )
     assert (found["TERM"], found["LC_ALL"], found["HOME"]) == ("x", "C", "/home/ada")
     assert not {"LD_PRELOAD", "https_proxy", "TOKEN"} & set(found)

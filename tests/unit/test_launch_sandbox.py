@@ -38,7 +38,9 @@ def of(sandbox: Sandbox, name: str, run: Run = RUN) -> Any:
 
 
 def test_every_property_has_a_signature_and_can_be_marshalled() -> None:
-    unit = made(box(folders=(Directory("/home/dev/.cache/x", 1, 3),), resolver="/run/r/resolv.conf"))
+    unit = made(
+        box(folders=(Directory("/home/dev/.cache/x", 1, 3),), resolver="/run/r/resolv.conf")
+    )
     assert {name for name, _ in unit} <= set(SIGNATURES)
     assert marshalled(unit)
 
@@ -170,7 +172,9 @@ def test_a_home_below_var_is_a_home_and_its_projects_are_writable() -> None:
     assert judge_directory("/var/lib/other", home)[0] is Place.READ_ONLY
 
 
-@pytest.mark.parametrize("home", ["/", "/bin", "/usr/sbin", "/dev", "/nonexistent", "/etc/x", "/run/x"])
+@pytest.mark.parametrize(
+    "home", ["/", "/bin", "/usr/sbin", "/dev", "/nonexistent", "/etc/x", "/run/x"]
+)
 def test_what_system_accounts_call_home_opens_nothing(home: str) -> None:
     assert not is_home(home)
     for path in ("/etc", "/usr/sbin/x", "/bin", "/", "/var/lib/x"):

@@ -265,7 +265,8 @@ def test_a_run_is_told_from_its_start_to_its_end(play: Play) -> None:
 def test_a_layer_that_is_not_ready_means_no_go_ahead_and_an_end(play: Play) -> None:
     async def test(stage: Stage) -> None:
         stage.gateway.refusal = VarlinkError(
-            "io.agentassembly.Enforce.LayerNotReady", {"reason": "no rules", "component": "redirect"}
+            "io.agentassembly.Enforce.LayerNotReady",
+            {"reason": "no rules", "component": "redirect"},
         )
         stage.play_shim()
         with pytest.raises(VarlinkError) as refused:
