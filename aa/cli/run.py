@@ -207,6 +207,8 @@ class Followed:
                     client.set_timeout(None)
                     yield from client.stream(f"{LAUNCH}.Wait", {"run": self.run})
                     return
+            except FileNotFoundError:  # its socket outlives a restart: the package is gone
+                raise
             except (OSError, ProtocolError):
                 if time.monotonic() > deadline:
                     raise
