@@ -67,6 +67,7 @@ journalctl --sync
 journalctl --boot --no-pager --output=short-monotonic > out/journal.txt
 tar --create --file "$(disk lab-output)" --directory out .
 sync
+udevadm settle --timeout=30 # it looks at the disk that was just written
 echo "lab: exit $code"
 systemctl poweroff --force --force
 SERVICE
