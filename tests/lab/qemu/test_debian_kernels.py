@@ -5,7 +5,6 @@ One guest of a suite runs every case of `inside/`; docs/lab-results.md is writte
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,15 +22,19 @@ pytestmark = pytest.mark.timeout(BUILD_TIMEOUT + GUEST_TIMEOUT + WAIT_FOR_OTHERS
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Outcome]]:
-    """The outcome of a suite's guest, which boots when it is first asked for."""
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Callable[[str], Outcome]]:
+    """The outcome of a suite's guest, which boots when it is first asked for; its console is shown."""
     known: dict[str, Outcome] = {}
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
 
     def of(suite: str) -> Outcome:
         if suite not in known:
             out = tmp_path_factory.mktemp(suite)
             files = [inside(file) for file in FILES]
-            known[suite] = run_cases(suite, files, out, follow="CI" not in os.environ)
+            with capture.global_and_fixture_disabled():
+                known[suite] = run_cases(suite, files, out, follow=True)
         return known[suite]
 
     yield of
