@@ -160,11 +160,13 @@ class Systemd:
 
         if of(UNIT, b"LoadState", b"s") != b"loaded":
             return UnitState(False, "inactive")
+        # Before the rest: what is over has its status, what has none may be over a moment later.
+        active = of(UNIT, b"ActiveState", b"s").decode()
         code = of(SERVICE, b"ExecMainCode", b"i")
         status = of(SERVICE, b"ExecMainStatus", b"i")
         return UnitState(
             loaded=True,
-            active=of(UNIT, b"ActiveState", b"s").decode(),
+            active=active,
             result=of(SERVICE, b"Result", b"s").decode(),
             main_pid=of(SERVICE, b"MainPID", b"u"),
             cgroup=of(SERVICE, b"ControlGroup", b"s").decode().removeprefix("/"),
