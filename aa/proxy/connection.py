@@ -29,7 +29,7 @@ from aa.proxy.dial import Address, Resolver, UpstreamFailed, address_of, dial
 from aa.proxy.http1 import Exchange, check_head, outgoing_head, unwanted_upgrade
 from aa.proxy.identify import Client, Identify, Stranger
 from aa.proxy.sniff import Finding, Form, Head, Hello, Malformed, Opaque, Protocol, Sniffer
-from aa.proxy.splice import Outcome, Relay, linger, reset
+from aa.proxy.splice import Outcome, Relay, linger, reset, unsent
 
 CLIENT_FIRST_PORTS = frozenset((80, 443, 3128, 4443, 8000, 8008, 8080, 8081, 8443, 8888))
 """Ports of protocols in which the client speaks first: its bytes are waited for."""
@@ -197,7 +197,9 @@ class Connection:
 
     @property
     def last_moved(self) -> float:
-        """When a byte last moved, in the loop's time."""
+        """When a byte last moved, in the loop's time; now while the client has some to come."""
+        if unsent(self._sock):
+            return self._loop.time()
         return self._moving.idle.last if self._moving is not None else self._began
 
     @property

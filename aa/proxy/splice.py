@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import struct
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ BULK = 1 << 15
 
 _FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _RESET = struct.pack("ii", 1, 0)
+_INT = struct.Struct("i")
 
 
 class _Pipe:
@@ -220,6 +222,15 @@ def reset(sock: socket.socket) -> None:
     """Makes the coming close a reset, so that the peer does not take it for a proper end."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+def unsent(sock: socket.socket) -> int:
+    """Bytes that the kernel still holds for the peer: a slow reader's download is not idle."""
+    try:
+        queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+    except OSError:
+        return 0
+    return int(_INT.unpack(queued)[0])
 
 
 class Relay:
