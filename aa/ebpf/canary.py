@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,11 @@ class Canary:
         slices = self._loader.slices
         guarded = not self._loader.problems(Place.PROXY)
         directory = slices.root / slices.path(Place.PROXY if guarded else Place.AGENTS)
-        directory /= CGROUP_NAME
-        directory.mkdir(exist_ok=True)
+        for leftover in directory.glob(f"{CGROUP_NAME}-*"):  # of a life that was killed in flight
+            _remove(leftover)
+        # A cgroup that is new to the kernel's tables: what they know of an old one they do not tell again.
+        directory /= f"{CGROUP_NAME}-{time.monotonic_ns()}"
+        directory.mkdir()
         own = directory.stat().st_ino
         self._cgroups = {own}  # of the last flight: its late events are forgotten with it
         self._seen.clear()
@@ -90,11 +94,17 @@ class Canary:
                 async with asyncio.timeout(EVENT_SECONDS):
                     await self._enough.wait()
         finally:
-            with contextlib.suppress(OSError):
-                directory.rmdir()  # made again next time; a leftover is taken over
+            _remove(directory)
         after = refusals(self._loader.tallies(), own)
         observe = tuple(f"the canary's {x} was not seen" for x in sorted(_WANTED - self._seen))
         return Proof(tuple(judge(tried, before, after, self._allowed)), observe)
+
+
+def _remove(directory: Path) -> None:
+    with contextlib.suppress(
+        OSError
+    ):  # a child that has not quite gone: the next flight removes it
+        directory.rmdir()
 
 
 def refusals(tallies: dict[bytes, int], cgroup: int) -> dict[tuple[int, int], int]:

@@ -6,7 +6,9 @@ import asyncio
 import ipaddress
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,10 @@ def loader(world: World) -> Iterator[Loader]:
     loader.close()
 
 
+def canaries(world: World) -> list[Path]:
+    return list(world.proxied.glob(f"{CGROUP_NAME}*"))
+
+
 def fly(loader: Loader, *, listen: bool = True) -> Proof:
     async def go() -> Proof:
         canary = Canary(loader)
@@ -55,8 +61,22 @@ def fly(loader: Loader, *, listen: bool = True) -> Proof:
 
 def test_proves_guard_and_sight(world: World, loader: Loader) -> None:
     assert fly(loader) == Proof((), ())
-    assert not (world.proxied / CGROUP_NAME).exists()
+    assert not canaries(world)
     assert fly(loader) == Proof((), ()), "a second flight proves as much"
+
+
+def test_what_a_killed_flight_left_behind_is_no_obstacle(world: World, loader: Loader) -> None:
+    """Nor is it taken over: within a second the kernel does not tell again what it told of it."""
+    left, held = (world.proxied / f"{CGROUP_NAME}-{n}" for n in (1, 2))
+    left.mkdir()
+    held.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        (held / "cgroup.procs").write_text(str(child.pid))
+        assert fly(loader) == Proof((), ())
+        assert canaries(world) == [held]
+        child.kill()
+    assert fly(loader) == Proof((), ())
+    assert not canaries(world)
 
 
 def test_a_hole_in_the_table_is_no_proof(loader: Loader) -> None:
