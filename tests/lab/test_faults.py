@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.lab.guarded import ATTEMPTS, SERVICES, WORK, governed, guard, last_sequence, records
-from tests.lab.harness import Container, eventually
+from tests.lab.harness import Container, LabError, eventually
 from tests.lab.harness.__main__ import newest_debs
 from tests.lab.harness.names import API, DENIED
 
@@ -77,9 +77,22 @@ class Hammer:
     def await_success(self) -> None:
         """Until an allowed request that began after this call has worked."""
         before = self.successes()
-        eventually(
-            lambda: self.successes() > before + 1, timeout=20, what="an allowed request works again"
-        )
+        try:
+            eventually(
+                lambda: self.successes() > before + 1,
+                timeout=20,
+                what="an allowed request works again",
+            )
+        except LabError as e:
+            raise LabError(f"{e}\n{self._evidence()}") from None
+
+    def _evidence(self) -> str:
+        """What a person would look at first."""
+        tried = " ".join(self.lines()[-12:])
+        seen = self._box.run(["sh", "-c", "aasm status; systemctl list-units --all 'aa*'"])
+        denied = self._box.run(["aasm", "runs", "show", self.run])
+        said = self._box.run(["journalctl", "-n", "40", "-o", "short-precise", "-u", "aa-*"])
+        return "\n".join((f"tried: {tried}", seen.out, denied.out, said.out))
 
     def end(self) -> None:
         self._box.run(["aasm", "runs", "kill", self.run])
