@@ -205,6 +205,7 @@ class Run:
     ended: float = 0.0  # 0.0 while it lives
     exit_code: int | None = None
     signal: int | None = None
+    paused_by: int = -1  # the uid of who froze it; -1 while it is not paused
 
     @property
     def live(self) -> bool:
@@ -229,6 +230,7 @@ class Run:
             "ended": self.ended,
             "exit_code": self.exit_code,
             "signal": self.signal,
+            "paused_by": self.paused_by,
         }
 
     @classmethod
@@ -253,6 +255,7 @@ class Run:
                 ended=float(m["ended"]),
                 exit_code=None if m.get("exit_code") is None else int(m["exit_code"]),
                 signal=None if m.get("signal") is None else int(m["signal"]),
+                paused_by=int(m.get("paused_by", -1)),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise MalformedValue(f"run: {e}") from e

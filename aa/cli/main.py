@@ -14,7 +14,8 @@ from aa.cli.errors import Failure
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("aa.cli.run:run_command", "Start an agent as a governed run."),
     "status": ("aa.cli.status:status", "Show whether this host is guarded, and by what."),
-    "runs": ("aa.cli.runs:runs", "List, show and end runs."),
+    "runs": ("aa.cli.runs:runs", "List, show, pause and end runs."),
+    "halt": ("aa.cli.halt:halt", "Stop everything: freeze all runs, and start none."),
     "why": ("aa.cli.why:why", "Say what was refused lately, and what to do about it."),
     "policy": ("aa.cli.policy:policy", "Check, show, explain, choose and reload the policy."),
     "audit": ("aa.cli.audit:audit", "Read the audit log."),

@@ -28,6 +28,7 @@ COLOURS = {
     "none": "red",
     "failed": "red",
     "inactive": "yellow",
+    "paused": "yellow",
     "gap": "red",
     "alert": "red",
     "error": "red",

@@ -13,7 +13,7 @@ from aa.paths import LAUNCH_SOCKET
 
 @click.group()
 def runs() -> None:
-    """List, show and end runs."""
+    """List, show, pause and end runs."""
 
 
 @runs.command(
@@ -39,7 +39,7 @@ def list_(ended: bool, as_json: bool) -> None:
                 r["id"],
                 r["agent"],
                 r["user"],
-                r["state"],
+                state_of(r),
                 " ".join(r["layers"]),
                 ago(r["started"]),
                 end_of(r),
@@ -49,6 +49,10 @@ def list_(ended: bool, as_json: bool) -> None:
         ],
         empty="no runs",
     )
+
+
+def state_of(run: dict[str, Any]) -> str:
+    return "paused" if run["paused_by"] >= 0 else str(run["state"])
 
 
 def end_of(run: dict[str, Any]) -> str:
@@ -109,3 +113,73 @@ def kill(run: str) -> None:
     with connected(LAUNCH_SOCKET) as client:
         client.call("io.agentassembly.Launch.Kill", {"run": run})
     click.echo(f"run {run} is ended", err=True)
+
+
+@runs.command(
+    epilog="""\b
+Examples:
+  aasm runs pause k3v9x2mq"""
+)
+@click.argument("run")
+def pause(run: str) -> None:
+    """Freeze every process of a run. It keeps its files and connections, and does nothing."""
+    with connected(LAUNCH_SOCKET) as client:
+        client.call("io.agentassembly.Launch.Pause", {"run": run})
+    click.echo(f"run {run} is paused; `aasm runs resume {run}` lets it go on", err=True)
+
+
+@runs.command(
+    epilog="""\b
+Examples:
+  aasm runs resume k3v9x2mq
+
+What an operator paused, only an operator resumes."""
+)
+@click.argument("run")
+def resume(run: str) -> None:
+    """Let a paused run go on."""
+    with connected(LAUNCH_SOCKET) as client:
+        client.call("io.agentassembly.Launch.Resume", {"run": run})
+    click.echo(f"run {run} goes on", err=True)
+
+
+@runs.command(
+    epilog="""\b
+Examples:
+  aasm runs tree k3v9x2mq
+  aasm runs tree k3v9x2mq --json"""
+)
+@click.argument("run")
+@json_option
+def tree(run: str, as_json: bool) -> None:
+    """Show the processes of a run, as a tree."""
+    with connected(LAUNCH_SOCKET) as client:
+        told = client.call("io.agentassembly.Launch.Tree", {"run": run})
+    if as_json:
+        print_json(told)
+        return
+    print_table(
+        ("process", "state", "user", "started", "cpu", "memory"),
+        [
+            (
+                f"{'  ' * depth}{p['pid']} {' '.join(p['command'])}",
+                p["state"],
+                p["user"],
+                ago(p["started"]),
+                f"{p['cpu_seconds']:.1f} s",
+                f"{p['memory'] / (1 << 20):.1f} MB",
+            )
+            for depth, p in with_depth(told["processes"])
+        ],
+        empty="no processes",
+    )
+    if not told["complete"]:
+        click.echo("there are more processes than these", err=True)
+
+
+def with_depth(processes: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """Each process with the number of its ancestors in the list; parents come first in it."""
+    depths: dict[int, int] = {}
+    for process in processes:
+        depths[process["pid"]] = depths.get(process["parent"], -1) + 1
+    return [(depths[p["pid"]], p) for p in processes]

@@ -38,7 +38,7 @@ def status(as_json: bool) -> None:
     else:
         _print(told)
     down = [u for u, s in states.items() if s != "active"]
-    if told["policy_state"] != "ok" or told["problems"] or down:
+    if told["policy_state"] != "ok" or told["problems"] or told["halted"] or down:
         click.get_current_context().exit(1)
 
 
@@ -46,6 +46,8 @@ def _print(told: dict[str, Any]) -> None:
     out = console()
     _print_units(told["units"])
     out.print()
+    if told["halted"]:
+        out.print(cell(told["halted"]), style="bold red")
     out.print("policy    ", cell(told["policy_state"]), cell(told["policy"]), sep=" ")
     for component in told["components"]:
         details = ", ".join(

@@ -18,7 +18,7 @@ from aa.audit.file import read_backwards
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.audit.record import NOBODY, Record, Subject, timestamp
 from aa.config import Config
-from aa.gateway.runs import RunRegistry
+from aa.gateway.runs import Halt, RunRegistry
 from aa.gateway.source import PolicySource
 from aa.model import (
     COMPONENTS,
@@ -148,7 +148,8 @@ class Gateway:
                 policy=self.source.revision,
             )
         try:
-            decision = self._evaluate(run, action)
+            halt = self.registry.halt
+            decision = self._evaluate(run, action) if halt is None else self._halted(halt)
         except Exception as e:  # whatever goes wrong inside the engine, the answer is deny
             log.exception("deciding %s %r", action.kind, action.target)
             decision = deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
@@ -169,6 +170,13 @@ class Gateway:
                 "no approvals yet, so it is denied",
             )
         return decision
+
+    def _halted(self, halt: Halt) -> Decision:
+        return deny(
+            f"{halt}; `aasm halt --release` ends that",
+            rule="<halted>",
+            policy=self.source.revision,
+        )
 
     def _record_decision(
         self, subject: Subject, layer: Layer, action: Action, decision: Decision
@@ -327,6 +335,8 @@ class Gateway:
 
     def register(self, run: Run) -> Run:
         """Gives a new run its id. Raises `TooManyRuns`."""
+        if self.registry.halt is not None:
+            raise LayerNotReady("halt", str(self.registry.halt))
         limit = self.config.gateway.max_runs
         if len(self.registry) >= limit:
             raise TooManyRuns(f"{limit} runs live already (gateway.max_runs)")
@@ -419,6 +429,25 @@ class Gateway:
         )
         return ended
 
+    def set_paused(self, run_id: str, paused: bool, uid: int, user: str) -> None:
+        """aa-launch froze a run for somebody, or let it go on."""
+        run = replace(self._live(run_id), paused_by=uid if paused else -1)
+        self.registry.put(run)
+        self._tell(run)
+        what = "paused" if paused else "resumed"
+        self.write_event(
+            Kind.RUN, run.agent, f"{what} by {user}", run=run_id, by_uid=uid, by_user=user
+        )
+
+    def set_halt(self, halt: Halt | None, uid: int, user: str) -> None:
+        """aa-launch stopped every run for somebody, or let them go on. It survives a restart."""
+        if halt == self.registry.halt:
+            return
+        self.registry.put_halt(halt)
+        what = str(halt) if halt else f"the halt is over, ended by {user}"
+        self.write_event(Kind.GUARD, "halt", what, alert=True, by_uid=uid, by_user=user)
+        self.on_status()
+
     def end_vanished(self) -> list[Run]:
         """Ends runs whose cgroup is gone, for when aa-launch could not tell."""
         vanished = []
@@ -488,11 +517,15 @@ class Gateway:
         found = [str(p) for p in (*self.source.problems, *self.config_problems)]
         if self.source.state == "none":
             found.insert(0, NO_POLICY_REASON)
+        if self.registry.halt is not None:
+            found.insert(0, str(self.registry.halt))
         return found + self.audit.problems
 
     def status_line(self) -> str:
         runs = len(self.registry)
         live = f"{runs} run{'' if runs == 1 else 's'}"
+        if self.registry.halt is not None:
+            return f"HALTED, everything is denied: {self.registry.halt}; {live}"
         match self.source.state:
             case "none":
                 first = f": {self.source.problems[0]}" if self.source.problems else ""

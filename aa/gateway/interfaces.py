@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from aa.gateway.gateway import (
     denial_json,
     seen_text,
 )
+from aa.gateway.runs import Halt
 from aa.model import (
     Action,
     Layer,
@@ -223,6 +225,19 @@ def enforce_service(
         close_run(p["run"])
         return {}
 
+    def set_paused(call: Call) -> Reply:
+        _refuse_all_but_root(call)
+        p = call.parameters
+        gateway.set_paused(p["run"], p["paused"], p["uid"], p["user"])
+        return {}
+
+    def set_halt(call: Call) -> Reply:
+        _refuse_all_but_root(call)
+        p = call.parameters
+        halt = Halt(p["user"], p["reason"], p["since"]) if p["halted"] else None
+        gateway.set_halt(halt, p["uid"], p["user"])
+        return {}
+
     async def watch_runs(call: Call) -> AsyncIterator[Reply]:
         changes: asyncio.Queue[Run] = asyncio.Queue()
         unwatch = gateway.watch(changes.put_nowait)
@@ -250,6 +265,8 @@ def enforce_service(
             "ConfirmRun": confirm,
             "AwaitRun": await_run,
             "EndRun": end,
+            "SetPaused": set_paused,
+            "SetHalt": set_halt,
             "WatchRuns": watch_runs,
         },
     )
@@ -283,6 +300,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "gaps": gateway.audit.gaps,
             "pid": pid,
             "started": gateway.started,
+            "halted": str(gateway.registry.halt or ""),
         }
 
     def list_runs(call: Call) -> Reply:
@@ -370,6 +388,14 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "TailAudit": tail,
         },
     )
+
+
+def _refuse_all_but_root(call: Call) -> None:
+    """aa-launch is root; the other services, and whoever takes one of them over, are not."""
+    if call.peer.uid not in (0, os.geteuid()):
+        raise VarlinkError(
+            "io.agentassembly.PermissionDenied", {"reason": "this is for aa-launch alone"}
+        )
 
 
 def _explained_run(gateway: Gateway, parameters: dict[str, Any]) -> Run:

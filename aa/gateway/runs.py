@@ -7,7 +7,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from aa.model import LIVE_STATES, Run, RunState
@@ -26,7 +26,21 @@ create table if not exists run (
     json text not null
 ) strict;
 create index if not exists run_by_end on run (ended);
+create table if not exists halt (one integer primary key check (one = 1), json text not null) strict;
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Nothing is allowed on this host, as aa-launch said: by whom, why, since when."""
+
+    user: str
+    reason: str
+    since: float
+
+    def __str__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        return f"this host is halted by {self.user}{why}"
 
 
 class RegistryCorrupt(Exception):
@@ -45,8 +59,9 @@ class RunRegistry:
             if self._db.execute("pragma quick_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its check failed")
             self._db.executescript(SCHEMA)
+            self.halt = self._read_halt()
             self._live = {r.id: r for r in self._read("state != ?", RunState.ENDED.value)}
-        except (sqlite3.Error, ValueError) as e:
+        except (sqlite3.Error, ValueError, TypeError) as e:
             raise RegistryCorrupt(
                 f"{path}: {e}; move it away to start with an empty registry "
                 "(runs that live now will be unknown, and so denied)"
@@ -95,7 +110,12 @@ class RunRegistry:
 
     def end(self, run: Run, *, exit_code: int | None, signal: int | None) -> Run:
         ended = replace(
-            run, state=RunState.ENDED, ended=time.time(), exit_code=exit_code, signal=signal
+            run,
+            state=RunState.ENDED,
+            ended=time.time(),
+            exit_code=exit_code,
+            signal=signal,
+            paused_by=-1,
         )
         self.put(ended)
         self._db.execute(
@@ -104,6 +124,19 @@ class RunRegistry:
             (RunState.ENDED.value, RunState.ENDED.value, ENDED_KEPT),
         )
         return ended
+
+    def put_halt(self, halt: Halt | None) -> None:
+        if halt is None:
+            self._db.execute("delete from halt")
+        else:
+            self._db.execute(
+                "insert or replace into halt values (1, ?)", (json.dumps(asdict(halt)),)
+            )
+        self.halt = halt
+
+    def _read_halt(self) -> Halt | None:
+        row = self._db.execute("select json from halt").fetchone()
+        return Halt(**json.loads(row[0])) if row else None
 
     def _read(self, where: str, *values: str | int) -> Iterator[Run]:
         for (text,) in self._db.execute(f"select json from run where {where}", values):

@@ -17,6 +17,7 @@ from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
 from aa.launch.sandbox import SHIM_SOCKETS_DIR
 from aa.launch.service import Launcher
 from aa.launch.systemd import Systemd
+from aa.report import Reporter
 from aa.tomlfile import InvalidFile
 from aa.varlink import Peer, Server
 from aa.varlink.server import MAX_FDS, Limits
@@ -93,16 +94,19 @@ async def main(daemon: Daemon) -> None:
         with contextlib.suppress(InvalidFile):
             config()
 
-    launcher = Launcher(config, Systemd())
+    reporter = Reporter("launch")
+    launcher = Launcher(config, Systemd(), report=reporter.report)
     server = Server(given[0], launcher.service(), admit=refuse_governed, limits=LIMITS)
     daemon.reload = reload
     daemon.ready(launcher.status_line())
     chores = [
         asyncio.create_task(launcher.follow()),
+        asyncio.create_task(reporter.run()),
         asyncio.create_task(_keep_status(daemon, launcher, config)),
     ]
     await daemon.stop.wait()
     launcher.stopping = True
+    await reporter.close()
     for chore in chores:
         chore.cancel()
     server.close()

@@ -13,7 +13,7 @@ import os
 import signal
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from aa import __version__, cgroup, paths
 from aa.config import Agent, Config
 from aa.launch import environment, folders, landlock, request, sandbox, streams
 from aa.launch.door import Door, Shim, ShimFailed
+from aa.launch.halt import HALT_FILE
+from aa.launch.live import End, Live
+from aa.launch.switch import Switch
 from aa.launch.systemd import NoSuchUnit, Systemd, SystemdError, UnitState, Who
-from aa.model import Layer, Run, RunState
+from aa.model import Layer, Report, Run, RunState
 from aa.report import ENFORCE, Unreachable
 from aa.varlink import AsyncClient, Call, Peer, Service, VarlinkError
 
@@ -71,54 +74,6 @@ class NotStarted(Exception):
         super().__init__(f"{component}: {reason}")
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """How a run ended. Both are None where nobody was there to see it."""
-
-    exit_code: int | None = None
-    signal: int | None = None
-    reason: str = ""
-
-    def as_reply(self, run: str) -> dict[str, Any]:
-        return {
-            "event": "exited",
-            "run": run,
-            "notes": [],
-            "exit_code": self.exit_code,
-            "signal": self.signal,
-            "reason": self.reason,
-        }
-
-
-@dataclass
-class Live:
-    """A run with a unit. `ended` is set once systemd is done with it and the gateway was told."""
-
-    run: Run
-    unit: str
-    pid: int = 0
-    pidfd: int = -1
-    reason: str = ""
-    """Why the program did not run, when the shim said so."""
-    ended: asyncio.Future[End] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    def main_is_alive(self) -> bool:
-        if self.pidfd < 0:
-            return False
-        try:
-            signal.pidfd_send_signal(self.pidfd, 0)
-        except ProcessLookupError:
-            return False
-        return True
-
-    def close(self) -> None:
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
-
-
 class Launcher:
     """The state of the service: runs that live, and the ends of those that do not."""
 
@@ -129,6 +84,8 @@ class Launcher:
         *,
         enforce: Path = paths.ENFORCE_SOCKET,
         doors: Path = sandbox.SHIM_SOCKETS_DIR,
+        halt: Path = HALT_FILE,
+        report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._config = config
         self._systemd = systemd
@@ -141,6 +98,7 @@ class Launcher:
         """By the caller's uid."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._known = asyncio.Event()
+        self._switch = Switch(systemd, self._live, self._call_gateway, report, halt)
         self.stopping = False
         """Set when the service ends: clients lose their connection then, and runs go on."""
 
@@ -148,12 +106,23 @@ class Launcher:
         service = Service("aa-launch", __version__)
         service.add(
             LAUNCH,
-            {"Start": self.start, "Wait": self.wait, "Signal": self.signal, "Kill": self.kill},
+            {
+                "Start": self.start,
+                "Wait": self.wait,
+                "Signal": self.signal,
+                "Kill": self.kill,
+                "Pause": self.pause,
+                "Resume": self.resume,
+                "Tree": self.tree,
+                "Halt": self._switch.halt,
+                "Release": self._switch.release,
+            },
         )
         return service
 
     def status_line(self) -> str:
-        return f"{len(self._live)} runs live, {self._starting.total()} starting"
+        halted = f"HALTED: {self._switch.halted}; " if self._switch.halted else ""
+        return f"{halted}{len(self._live)} runs live, {self._starting.total()} starting"
 
     # The methods of the interface
 
@@ -162,6 +131,7 @@ class Launcher:
 
     async def _start(self, call: Call, fds: streams.Descriptors) -> AsyncIterator[dict[str, Any]]:
         caller = call.peer.uid
+        self._refuse_halted()
         if self._starting[caller] >= MAX_STARTING_PER_CALLER:
             raise _not_started(
                 "launch", f"{MAX_STARTING_PER_CALLER} runs of yours are starting already; try again"
@@ -176,6 +146,7 @@ class Launcher:
         except (request.BadRequest, streams.BadStream, environment.BadEnvironment) as e:
             raise VarlinkError(f"{LAUNCH}.BadRequest", {"reason": str(e)}) from e
         except NotStarted as e:
+            self._refuse_halted()  # the halt itself may be why
             raise _not_started(e.component, e.reason) from e
         finally:
             self._starting[caller] -= 1
@@ -221,6 +192,7 @@ class Launcher:
         self._refuse_stranger(run, call.peer)
         live = self._live.get(run)
         if live is not None:
+            self._switch.killing(live, call.peer, "killed")
             try:
                 self._systemd.kill(live.unit, Who.ALL, signal.SIGKILL)
             except NoSuchUnit:
@@ -231,6 +203,32 @@ class Launcher:
                 ) from e
             await asyncio.shield(live.ended)
         return {}
+
+    async def pause(self, call: Call) -> dict[str, Any]:
+        await self._switch.pause(self._going(call), call.peer)
+        return {}
+
+    async def resume(self, call: Call) -> dict[str, Any]:
+        await self._switch.resume(self._going(call), call.peer)
+        return {}
+
+    def tree(self, call: Call) -> dict[str, Any]:
+        return self._switch.tree(self._going(call))
+
+    def _going(self, call: Call) -> Live:
+        """The live run that a call is about, when its caller may control it."""
+        run = call.parameters["run"]
+        self._refuse_stranger(run, call.peer)
+        live = self._live.get(run)
+        if live is None:
+            raise VarlinkError(f"{LAUNCH}.RunUnknown", {"reason": f"run {run} is over"})
+        return live
+
+    def _refuse_halted(self) -> None:
+        if self._switch.halted is not None:
+            raise _not_started(
+                "halt", f"{self._switch.halted}; `aasm halt --release` lets runs start again"
+            )
 
     def _refuse_stranger(self, run: str, peer: Peer) -> None:
         known = self._callers.get(run)
@@ -339,6 +337,8 @@ class Launcher:
         try:
             await shim.send(instructions)
             await self._pass_barrier(live, gateway, config.launch.barrier_seconds)
+            if self._switch.halted is not None:
+                raise NotStarted("halt", str(self._switch.halted))
             await shim.send({"go": True})
             await shim.executed()
         except ShimFailed as e:
@@ -349,6 +349,9 @@ class Launcher:
             raise NotStarted("launch", "the shim did not start the program in time") from e
         finally:
             shim.close()
+        live.begun = True
+        if self._switch.halted is not None:  # between the go-ahead and now
+            raise NotStarted("halt", str(self._switch.halted))
 
     async def _await_shim(self, live: Live, door: Door) -> Shim:
         """The shim's connection, once it is clear that it is the unit's main process."""
@@ -523,6 +526,7 @@ class Launcher:
     async def _hang_up(self, live: Live) -> None:
         """What a closed terminal does, and an end for what goes on in spite of it."""
         log.info("run %s: its client is gone", live.run.id)
+        await live.thawed()  # whoever paused it wants it as it is, and SIGHUP ends frozen ones too
         self._signal(live, signal.SIGHUP)
         self._signal(live, signal.SIGCONT)
         with contextlib.suppress(TimeoutError):
@@ -543,7 +547,9 @@ class Launcher:
                     async for message in gateway.stream(f"{ENFORCE}.WatchRuns"):
                         attempt = 0
                         if message["event"] == "snapshot":
-                            self._take_up([Run.from_json(r) for r in message["runs"]])
+                            runs = [Run.from_json(r) for r in message["runs"]]
+                            self._take_up(runs)
+                            await self._switch.tell_again(runs)
             except (NotStarted, VarlinkError, *Unreachable, ValueError) as e:
                 log.warning("gateway: %s", e)
             await asyncio.sleep(_step(RETRY_SECONDS, attempt))
@@ -576,7 +582,7 @@ class Launcher:
 
     def _adopt(self, run: Run) -> None:
         """Watches a run that an earlier life of this service started."""
-        live = Live(run, paths.run_unit(run.id))
+        live = Live(run, paths.run_unit(run.id), begun=True)
         self._put(live)
         try:
             state = self._systemd.state(live.unit)
@@ -588,6 +594,7 @@ class Launcher:
         except (SystemdError, OSError) as e:
             log.warning("run %s: %s", run.id, e)
         log.info("run %s: watched again", run.id)
+        self._spawn(self._switch.take_up(live))
         self._spawn(self._watch(live))
 
     async def _end_stranded(self, run: Run) -> None:
@@ -614,6 +621,10 @@ class Launcher:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()) is not None:
             log.error("%s", problem, exc_info=problem)
+
+    async def _call_gateway(self, method: str, parameters: Mapping[str, Any]) -> None:
+        async with self._gateway() as gateway:
+            await gateway.call(f"{ENFORCE}.{method}", parameters, timeout=GATEWAY_SECONDS)
 
     @contextlib.asynccontextmanager
     async def _gateway(self) -> AsyncIterator[AsyncClient]:

@@ -187,6 +187,22 @@ class Systemd:
     def stop(self, unit: str) -> None:
         self._manager(b"StopUnit", apply_signature(b"ss", [unit.encode(), b"replace"]))
 
+    def freezer_state(self, unit: str) -> str:
+        """running, freezing, frozen or thawing."""
+        path = path_encode(UNIT_PATH, unit.encode())
+        state: bytes = self._try(
+            lambda bus: bus.get_property(DESTINATION, path, UNIT, b"FreezerState", b"s")
+        )
+        return state.decode()
+
+    def freeze(self, unit: str) -> None:
+        """Returns when no process of the unit runs any more, which may take long: for a thread."""
+        _on_its_own(b"FreezeUnit", unit)
+
+    def thaw(self, unit: str) -> None:
+        """For a thread, as `freeze`."""
+        _on_its_own(b"ThawUnit", unit)
+
     def forget(self, unit: str) -> None:
         """Lets systemd drop a unit that is over."""
         for method in (b"ResetFailedUnit", b"UnrefUnit"):
@@ -216,6 +232,18 @@ def _connect() -> DBus:
     except (DBusBaseError, OSError) as e:
         raise BusBroken(f"cannot connect to the system bus: {e}") from e
     return bus
+
+
+def _on_its_own(method: bytes, unit: str) -> None:
+    """Calls the manager on a connection of this call alone: connections are not for two threads."""
+    bus = _connect()
+    try:
+        arguments = apply_signature(b"s", [unit.encode()])
+        _translated(
+            lambda b: b.call_method(DESTINATION, MANAGER_PATH, MANAGER, method, arguments), bus
+        )
+    finally:
+        bus.close()
 
 
 def _translated(call: Callable[[DBus], Any], bus: DBus) -> Any:

@@ -180,6 +180,8 @@ class Gateway:
                 "StartRun": unused,
                 "AwaitRun": unused,
                 "EndRun": unused,
+                "SetPaused": unused,
+                "SetHalt": unused,
             },
         )
         self._server = Server.at(self._path, service, mode=0o666)

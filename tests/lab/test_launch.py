@@ -255,6 +255,125 @@ def test_a_run_survives_a_restart_of_the_gateway(box: Container) -> None:
     assert ended(box)["exit_code"] == 8
 
 
+# The kill switch
+
+COUNTING = "n=0; while :; do n=$((n+1)); echo $n > {name}; sleep 0.05; done"
+
+
+def count(box: Container, name: str) -> int:
+    text = box.raw(["sh", "-c", f"cat {WORK}/{name} /srv/shared/{name} 2> /dev/null"]).out.strip()
+    return int(text or 0)
+
+
+def counts_on(box: Container, name: str) -> None:
+    before = count(box, name)
+    eventually(lambda: count(box, name) > before + 1, what=f"{name} counts on")
+
+
+def stands_still(box: Container, name: str) -> bool:
+    before = count(box, name)
+    time.sleep(1)
+    return count(box, name) == before
+
+
+def shown_state(box: Container, run: str) -> str:
+    """What `aasm runs list` shows of a run."""
+    lines = box.run(["aasm", "runs", "list"]).check().out.splitlines()
+    return next(line.split()[3] for line in lines if line.startswith(run))
+
+
+def told(box: Container, run: str) -> list[str]:
+    """The reasons in the audit records of a run's life."""
+    lines = box.raw(["cat", "/var/log/agent-assembly/audit.jsonl"]).out.splitlines()
+    found = [json.loads(line) for line in lines]
+    return [r["reason"] for r in found if r["run"] == run and r["kind"] == "run"]
+
+
+def test_a_paused_run_stands_still_until_it_is_resumed_also_over_restarts(box: Container) -> None:
+    process = background(box, COUNTING.format(name="paused"), user="plain", cwd="/srv/shared")
+    counts_on(box, "paused")
+    refused = script(box, f"print(call('Pause', run='{process.run}'))", user="nobody", cwd="/")
+    assert refused.startswith("NotPermitted")
+    counts_on(box, "paused")
+    box.run(["aasm", "runs", "pause", process.run], user="plain").check()
+    assert stands_still(box, "paused")
+    assert shown_state(box, process.run) == "paused"
+    box.systemctl("restart", "aa-launch", "aa-gateway").check()
+    assert stands_still(box, "paused")
+    eventually(lambda: shown_state(box, process.run) == "paused", what="it is shown as paused")
+    box.run(["aasm", "runs", "resume", process.run], user="plain").check()
+    counts_on(box, "paused")
+    assert shown_state(box, process.run) == "running"
+    box.run(["aasm", "runs", "pause", process.run]).check()
+    mine = box.run(["aasm", "runs", "resume", process.run], user="plain")
+    assert (mine.code, "root paused it" in mine.err) == (4, True)
+    assert stands_still(box, "paused")
+    box.run(["aasm", "runs", "kill", process.run]).check()
+    assert process.wait(20) == 128 + signal.SIGKILL
+    words = " ".join(told(box, process.run))
+    for what in ("paused by plain", "resumed by plain", "paused by root", "killed by root"):
+        assert what in words
+
+
+def test_the_tree_of_a_run_shows_its_processes_and_no_others(box: Container) -> None:
+    process = background(box, "sleep 611 & sleep 612; true")
+    asked = ["aasm", "runs", "tree", process.run, "--json"]
+
+    def commands() -> list[list[str]]:
+        return [
+            p["command"] for p in json.loads(box.run(asked, user="dev").check().out)["processes"]
+        ]
+
+    eventually(lambda: len(commands()) == 3, what="both sleeps are there")
+    shell, *sleeps = commands()
+    assert shell[:2] == ["sh", "-c"]
+    assert sorted(sleeps) == [["sleep", "611"], ["sleep", "612"]]
+    assert "612" in box.run(["aasm", "runs", "tree", process.run]).check().out
+    assert box.run(asked, user="plain", cwd="/").code == 4
+    box.run(["aasm", "runs", "kill", process.run]).check()
+    process.wait(20)
+
+
+def test_a_halt_stops_all_runs_and_starts_none_also_over_restarts(box: Container) -> None:
+    first = background(box, COUNTING.format(name="first"))
+    second = background(box, COUNTING.format(name="second"))
+    counts_on(box, "second")
+    assert box.run(["aasm", "halt"], user="plain").code == 4
+    inside = run(box, ["aasm", "halt"])
+    assert inside.code != 0
+    counts_on(box, "first")
+    box.run(["aasm", "halt", "--reason", "a drill"]).check()
+    assert stands_still(box, "first") and stands_still(box, "second")
+    refused = run(box, ["true"])
+    assert (refused.code, "a drill" in refused.err) == (125, True)
+    status = box.run(["aasm", "status"])
+    assert status.code == 1 and "a drill" in status.out
+    box.systemctl("kill", "--signal=KILL", "aa-launch.service", "aa-gateway.service").check()
+    eventually(lambda: "a drill" in run(box, ["true"]).err, what="the halt is still in force")
+    assert stands_still(box, "first")
+    resumed = box.run(["aasm", "runs", "resume", first.run])
+    assert resumed.code != 0 and "aasm halt --release" in resumed.err
+    box.run(["aasm", "halt", "--release"]).check()
+    counts_on(box, "first")
+    counts_on(box, "second")
+    assert run(box, ["true"]).code == 0
+    for process in (first, second):
+        box.run(["aasm", "runs", "kill", process.run]).check()
+        process.wait(20)
+
+
+def test_a_paused_run_can_be_killed_and_its_client_be_lost(box: Container) -> None:
+    process = background(box, COUNTING.format(name="lost"))
+    counts_on(box, "lost")
+    box.run(["aasm", "runs", "pause", process.run]).check()
+    box.raw(["pkill", "-KILL", "-f", "^/usr/bin/python3 .*aasm run"]).check()
+    process.wait(20)
+    assert stands_still(box, "lost")
+    assert [r["id"] for r in runs(box)] == [process.run]
+    box.run(["aasm", "runs", "resume", process.run]).check()
+    eventually(lambda: not runs(box), timeout=20, what="the hang-up ends it once it goes on")
+
+
 # Who may
 
 

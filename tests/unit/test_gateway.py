@@ -17,8 +17,8 @@ from aa.audit.journal import Journal
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.config import Config
 from aa.gateway.gateway import Gateway, LayerNotReady, RunUnknown, TooManyRuns
-from aa.gateway.interfaces import run_service
-from aa.gateway.runs import RegistryCorrupt, RunRegistry
+from aa.gateway.interfaces import enforce_service, run_service
+from aa.gateway.runs import Halt, RegistryCorrupt, RunRegistry
 from aa.model import Action, Effect, Kind, Layer, Mode, RecordType, Report, Run, RunState
 from aa.varlink import Call, Peer, VarlinkError
 
@@ -389,3 +389,56 @@ def test_in_observe_mode_everything_passes_and_says_what_would_be(
     assert (decision.effect, decision.would) == (Effect.ALLOW, Effect.DENY)
     assert (records()[-1]["decision"], records()[-1]["would"]) == ("allow", "deny")
     assert gateway.mode_of(run) is Mode.OBSERVE
+
+
+def test_while_halted_everything_is_denied_visibly_and_no_run_is_registered(
+    gateway: Gateway, open_gateway: Open, records: Any
+) -> None:
+    run = start_run(gateway)
+    asked = connect("allowed.test", PUBLIC)
+    gateway.set_halt(Halt("root", "a drill", 1.0), 0, "root")
+    denied = gateway.decide(run.id, Layer.PROXY, asked)
+    assert (denied.effect, denied.rule) == (Effect.DENY, "<halted>")
+    assert "a drill" in denied.reason and "aasm halt --release" in denied.reason
+    with pytest.raises(LayerNotReady, match="a drill"):
+        start_run(gateway)
+    restarted = open_gateway()
+    assert restarted.decide(run.id, Layer.PROXY, asked).rule == "<halted>"
+    assert "HALTED" in restarted.status_line()
+    restarted.set_halt(None, 0, "root")
+    assert restarted.decide(run.id, Layer.PROXY, asked).permits
+    assert open_gateway().decide(run.id, Layer.PROXY, asked).permits
+    told = [r for r in records() if r["target"] == "halt"]
+    assert [(r["type"], r["attributes"]["by_uid"]) for r in told] == [("alert", 0), ("alert", 0)]
+
+
+def test_a_paused_run_is_still_decided_for_and_shown_as_paused_after_a_restart(
+    gateway: Gateway, open_gateway: Open, records: Any
+) -> None:
+    run = start_run(gateway)
+    gateway.set_paused(run.id, True, 1000, "dev")
+    assert gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
+    restarted = open_gateway()
+    again = restarted.registry.get_live(run.id)
+    assert again is not None and (again.paused_by, again.state) == (1000, RunState.STARTING)
+    restarted.set_paused(run.id, False, 0, "root")
+    assert restarted.registry.live()[0].paused_by == -1
+    told = [r["reason"] for r in records() if r["kind"] == "run" and r["run"] == run.id]
+    assert told == ["paused by dev", "resumed by root"]
+    with pytest.raises(RunUnknown):
+        gateway.set_paused("nobody", True, 0, "root")
+
+
+def test_only_root_and_the_gateway_itself_may_say_that_the_host_is_halted(
+    gateway: Gateway,
+) -> None:
+    service = enforce_service(gateway, open_run=lambda run: None, close_run=lambda run: None)
+    parameters = {"halted": True, "uid": 0, "user": "root", "reason": "", "since": 1.0}
+    method, _ = service.find(
+        {"method": "io.agentassembly.Enforce.SetHalt", "parameters": parameters}
+    )
+    with pytest.raises(VarlinkError, match="PermissionDenied"):
+        method(Call("SetHalt", parameters, False, Peer(1, 4711, 4711, "x")))
+    assert gateway.registry.halt is None
+    method(Call("SetHalt", parameters, False, Peer(1, 0, 0, "x")))
+    assert gateway.registry.halt is not None

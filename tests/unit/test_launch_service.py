@@ -19,9 +19,11 @@ import pytest
 from aa.config import Agent, Config
 from aa.launch import folders, sandbox, service
 from aa.launch.folders import Found
-from aa.launch.service import Launcher, Live
+from aa.launch.halt import Halt
+from aa.launch.live import Live
+from aa.launch.service import Launcher
 from aa.launch.systemd import NoSuchUnit, SystemdError, UnitState, Who
-from aa.model import Layer, Run, RunState
+from aa.model import Layer, Report, Run, RunState
 from aa.varlink import AsyncClient, Call, Client, Peer, Server, Service, VarlinkError
 from aa.varlink.server import Limits
 
@@ -37,6 +39,8 @@ class FakeSystemd:
         self.states: dict[str, UnitState] = {}
         self.refusal: SystemdError | None = None
         self.done: list[tuple[str, Any]] = []
+        self.frozen: set[str] = set()
+        self.unfreezable: set[str] = set()
         self.on_start: Callable[[str], None] = lambda socket: None
 
     def start(self, unit: str, properties: Any) -> None:
@@ -58,6 +62,17 @@ class FakeSystemd:
             raise NoSuchUnit(unit)
         self.states[unit] = UnitState(True, "failed", "signal", signal=number)
 
+    def freezer_state(self, unit: str) -> str:
+        return "frozen" if unit in self.frozen else "running"
+
+    def freeze(self, unit: str) -> None:
+        if unit in self.unfreezable:
+            raise SystemdError("it does not stop")
+        self.frozen.add(unit)
+
+    def thaw(self, unit: str) -> None:
+        self.frozen.discard(unit)
+
     def stop(self, unit: str) -> None:
         self.done.append(("stop", unit))
         self.states[unit] = UnitState(True, "inactive", signal=signal.SIGTERM)
@@ -77,6 +92,8 @@ class FakeGateway:
     refusal: VarlinkError | None = None
     end_refusals: int = 0
     writable: list[str] | None = None
+    pauses: list[tuple[str, bool, str]] = field(default_factory=list)
+    halts: list[bool] = field(default_factory=list)
     server: Server | None = None
 
     def open(self) -> None:
@@ -93,6 +110,8 @@ class FakeGateway:
                 "StartRun": self.start,
                 "AwaitRun": self.wait,
                 "EndRun": self.end,
+                "SetPaused": self.set_paused,
+                "SetHalt": self.set_halt,
                 "WatchRuns": self.watch,
             },
         )
@@ -132,6 +151,17 @@ class FakeGateway:
         self.ends.append(call.parameters)
         return {}
 
+    def set_paused(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        self.pauses.append((p["run"], p["paused"], p["user"]))
+        paused_by = p["uid"] if p["paused"] else -1
+        self.runs[p["run"]] = replace(self.runs[p["run"]], paused_by=paused_by)
+        return {}
+
+    def set_halt(self, call: Call) -> dict[str, Any]:
+        self.halts.append(call.parameters["halted"])
+        return {}
+
     async def watch(self, call: Call) -> AsyncIterator[dict[str, Any]]:
         yield {"event": "snapshot", "runs": [r.as_json() for r in self.runs.values()]}
         await asyncio.Event().wait()
@@ -146,6 +176,7 @@ class Stage:
     gateway: FakeGateway
     launcher: Launcher
     server: Server
+    reports: list[Report]
     heard: list[dict[str, Any]] = field(default_factory=list)
     """What the shim was sent."""
 
@@ -224,19 +255,22 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
         async def staged() -> None:
             (tmp_path / "doors").mkdir()
             systemd, gateway = FakeSystemd(), FakeGateway(tmp_path / "enforce")
+            reports: list[Report] = []
             config = Config(agents={"two": Agent("two", frozenset({Layer.KERNEL}))})
             launcher = Launcher(
                 lambda: config,
                 systemd,  # type: ignore[arg-type]
                 enforce=gateway.path,
                 doors=tmp_path / "doors",
+                halt=tmp_path / "state" / "halted",
+                report=reports.append,
             )
             gateway.open()
             server = Server.at(tmp_path / "launch", launcher.service(), limits=Limits(fds=16))
             following = asyncio.create_task(launcher.follow())
             try:
                 async with asyncio.timeout(20):
-                    await test(Stage(tmp_path, systemd, gateway, launcher, server))
+                    await test(Stage(tmp_path, systemd, gateway, launcher, server, reports))
             finally:
                 following.cancel()
                 launcher.stopping = True
@@ -482,6 +516,90 @@ def test_more_runs_at_once_than_the_limit_are_refused(
         with pytest.raises(VarlinkError, match="starting already"):
             await stage.start()
         assert stage.gateway.runs == {}
+
+    play(test)
+
+
+def test_while_the_host_is_halted_no_run_starts_and_afterwards_it_does(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        client = await AsyncClient.connect(stage.socket)
+        if os.getuid() != 0:
+            with pytest.raises(VarlinkError, match="NotPermitted"):
+                await client.call(f"{LAUNCH}.Halt", {"reason": "a drill"})
+            return
+        await client.call(f"{LAUNCH}.Halt", {"reason": "a drill"})
+        with pytest.raises(VarlinkError, match="a drill") as refused:
+            await stage.start()
+        assert refused.value.parameters["component"] == "halt"
+        assert stage.gateway.runs == {} and stage.gateway.halts[-1] is True
+        await client.call(f"{LAUNCH}.Release")
+        stage.play_shim(code=3)
+        assert (await stage.start())[-1]["exit_code"] == 3
+        await client.close()
+
+    play(test)
+
+
+def test_a_run_that_starts_while_the_host_is_halted_gets_no_go_ahead(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        client = await AsyncClient.connect(stage.socket)
+
+        async def halt(path: str) -> None:
+            stage.launcher._switch.halted = Halt.now(0, "root", "a drill")
+
+        stage.play_shim()
+        begin, tasks = stage.systemd.on_start, []
+
+        def on_start(path: str) -> None:
+            tasks.append(asyncio.create_task(halt(path)))
+            begin(path)
+
+        stage.systemd.on_start = on_start
+        with pytest.raises(VarlinkError, match="a drill"):
+            await stage.start()
+        assert {"go": True} not in stage.heard
+        await stage.ended()
+        await client.close()
+
+    play(test)
+
+
+def test_a_paused_run_whose_client_leaves_stays_as_it_is_until_it_is_resumed(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        stage.play_shim(then="live on")
+        waiting = asyncio.create_task(stage.start())
+        while len(stage.heard) < 2 or not stage.launcher._live["r0"].begun:
+            await asyncio.sleep(0.005)
+        client = await AsyncClient.connect(stage.socket)
+        await client.call(f"{LAUNCH}.Pause", {"run": "r0"})
+        me = pwd.getpwuid(os.getuid()).pw_name
+        assert stage.gateway.pauses == [("r0", True, me)]
+        await client.close()
+        for connection in list(stage.server._connections):
+            connection.close()
+        with pytest.raises(ConnectionResetError):
+            await waiting
+        await asyncio.sleep(0.4)  # four times what a run has after its hang-up
+        assert stage.gateway.ends == []
+        client = await AsyncClient.connect(stage.socket)
+        await client.call(f"{LAUNCH}.Resume", {"run": "r0"})
+        assert (await stage.ended())["signal"] == signal.SIGTERM
+        await client.close()
+
+    play(test)
+
+
+def test_who_killed_a_run_is_reported(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        stage.play_shim(then="live on")
+        waiting = asyncio.create_task(stage.start())
+        while len(stage.heard) < 2 or not stage.launcher._live["r0"].begun:
+            await asyncio.sleep(0.005)
+        client = await AsyncClient.connect(stage.socket)
+        await client.call(f"{LAUNCH}.Kill", {"run": "r0"})
+        assert (await waiting)[-1]["signal"] == signal.SIGKILL
+        assert [(r.run, r.attributes["by_uid"]) for r in stage.reports] == [("r0", os.getuid())]
+        await client.close()
 
     play(test)
 

@@ -163,7 +163,8 @@ def launch_server(
     def unexpected(call: Call) -> dict[str, Any]:
         raise VarlinkError("io.agentassembly.Launch.BadRequest", {"reason": "not in this test"})
 
-    functions = {n: unexpected for n in ("Start", "Wait", "Signal", "Kill")} | methods
+    names = load_interface("io.agentassembly.Launch").methods
+    functions = {n: unexpected for n in names} | methods
     ready, stop = threading.Event(), []
 
     async def live() -> None:
