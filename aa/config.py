@@ -54,6 +54,7 @@ class Listen:
 class Gateway:
     socket: Path = paths.ENFORCE_SOCKET
     max_runs: int = 256
+    max_runs_per_user: int = 64  # started by one user who is not root
     decisions_per_second: int = 2000  # of one run
 
 
@@ -62,6 +63,7 @@ class Audit:
     file: Path = paths.AUDIT_FILE
     max_bytes: int = 64 << 20
     keep: int = 8
+    bytes_per_second_per_run: int = 256 << 10
     journal: bool = True
 
 
@@ -73,6 +75,7 @@ class Proxy:
     idle_seconds: float = 900.0
     max_connections: int = 1024
     max_connections_per_run: int = 256
+    max_connections_per_user: int = 512
     explicit_users: tuple[str, ...] = ()
 
 

@@ -43,7 +43,8 @@ class AuditFile:
             os.ftruncate(self._fd, end)
             self._size = end
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record) -> int:
+        """Appends a record and returns its size."""
         line = json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
         if self._size + len(line) > self._max_bytes and self._size:
             self._rotate()
@@ -58,6 +59,7 @@ class AuditFile:
                 os.ftruncate(self._fd, self._size)
             raise
         self._size += len(line)
+        return len(line)
 
     def _moved(self) -> bool:
         """True when somebody else (logrotate, a person) renamed or removed the file."""

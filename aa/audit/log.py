@@ -9,6 +9,7 @@ Outcomes when something is broken, each said in the log itself once it can be:
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -59,11 +60,15 @@ class AuditLog:
         self._followers.add(follower)
         return lambda: self._followers.discard(follower)
 
-    def write(self, record: Record) -> None:
-        """Keeps a record. Raises `AuditUnavailable` when neither file nor journal took it."""
+    def write(self, record: Record) -> int:
+        """Keeps a record and returns its size in bytes.
+
+        Raises `AuditUnavailable` when neither file nor journal took it.
+        """
         self._sequence += 1
         record["seq"] = self._sequence
-        in_file = self._write_file(record)
+        size = self._write_file(record)
+        in_file = size > 0
         in_journal = self._write_journal(record)
         if not in_file and not in_journal:
             self._sequence -= 1
@@ -75,18 +80,19 @@ class AuditLog:
         self.recent.append(record)
         for follower in list(self._followers):
             follower(record)
+        return size or len(json.dumps(record))
 
-    def _write_file(self, record: Record) -> bool:
+    def _write_file(self, record: Record) -> int:
+        """The record's size in the file, 0 when it is not there."""
         try:
             if self._missing_in_file:
                 self._file.write(self._gap("file", self._missing_in_file, record["seq"]))
                 self._missing_in_file = 0
-            self._file.write(record)
+            return self._file.write(record)
         except OSError as e:
             if not self._missing_in_file:
                 log.error("audit file: %s; records go to the journal alone", e)
-            return False
-        return True
+            return 0
 
     def _write_journal(self, record: Record) -> bool:
         if self._journal is None:

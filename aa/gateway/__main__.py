@@ -133,7 +133,7 @@ async def main(daemon: Daemon) -> None:
     Server(given[str(paths.CONTROL_SOCKET)], control, admit=refuse_governed)
 
     def reload() -> None:
-        reload_config(gateway)
+        gateway.reload_config()
         gateway.source.reload()
         daemon.status(gateway.status_line())
 
@@ -143,7 +143,7 @@ async def main(daemon: Daemon) -> None:
     daemon.ready(gateway.status_line())
     chores = [
         asyncio.create_task(every(WATCH_SECONDS, gateway.source.reload_if_changed)),
-        asyncio.create_task(every(SECOND, gateway.flush_rate_refusals)),
+        asyncio.create_task(every(SECOND, gateway.flush_over_budget)),
         asyncio.create_task(every(SECOND, lambda: daemon.status(gateway.status_line()))),
         asyncio.create_task(every(VANISHED_SECONDS, lambda: end_vanished(gateway, run_sockets))),
     ]
@@ -151,18 +151,6 @@ async def main(daemon: Daemon) -> None:
     for chore in chores:
         chore.cancel()
     gateway.write_event(Kind.GUARD, "gateway", "gateway stopped", pid=os.getpid())
-
-
-def reload_config(gateway: Gateway) -> None:
-    """Takes limits and agents from the files again; with an error the last good ones stay."""
-    try:
-        gateway.config = configuration.load()
-        gateway.config_problems = []
-    except InvalidFile as e:
-        gateway.config_problems = list(e.problems)
-        gateway.write_event(
-            Kind.GUARD, "config", f"configuration not changed: {e.problems[0]}", alert=True
-        )
 
 
 def end_vanished(gateway: Gateway, run_sockets: RunSockets) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from aa import cgroup
+from aa import config as configuration
 from aa.audit import record as audit_record
 from aa.audit.file import read_backwards
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.audit.record import NOBODY, Record, Subject, timestamp
 from aa.config import Config
+from aa.gateway.budget import Budgets
 from aa.gateway.runs import Halt, RunRegistry
 from aa.gateway.source import PolicySource
 from aa.model import (
@@ -34,7 +36,7 @@ from aa.model import (
     RunState,
     deny,
 )
-from aa.tomlfile import Problem
+from aa.tomlfile import InvalidFile, Problem
 
 DENIALS_KEPT = 50
 """Recent denials of a run that `aasm why` can show."""
@@ -46,6 +48,9 @@ REGISTERED_SECONDS = 60.0
 GONE_SECONDS = 15.0
 """How long after its cgroup's end aa-launch, which knows the exit code, is waited for."""
 USER_RUN_PREFIX = "user/"
+BUDGETED = (RecordType.OBSERVED,)
+"""Reports that are counted instead of kept while their run is over its audit budget. Refusals are
+counted by who makes them."""
 
 NO_POLICY_REASON = (
     "no policy is in force, so everything is denied; choose one with "
@@ -69,7 +74,11 @@ class LayerNotReady(Exception):
 
 
 class TooManyRuns(Exception):
-    """The limit of live runs is reached."""
+    """A limit of live runs is reached: all, or those that one user started."""
+
+    def __init__(self, reason: str, limit: str) -> None:
+        self.limit = limit
+        super().__init__(f"{reason} ({limit})")
 
 
 @dataclass
@@ -93,15 +102,6 @@ class Barrier:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass
-class Rate:
-    """A token bucket. Refusals above it are counted and told once a second in one record."""
-
-    tokens: float
-    at: float
-    refused: int = 0
-
-
 class Gateway:
     """One object with the state; single-threaded, so every decision sees one policy."""
 
@@ -119,7 +119,7 @@ class Gateway:
         self.source = PolicySource(policies, self._policy_changed)
         self._barriers: dict[str, Barrier] = {}
         self._denials: dict[str, deque[Record]] = {}
-        self._rates: dict[str, Rate] = {}
+        self.budgets = Budgets(self._limits)
         self._watchers: set[Callable[[Run], None]] = set()
         self._missing: dict[str, float] = {}
         """Since when a run's cgroup is gone, on the monotonic clock."""
@@ -139,14 +139,9 @@ class Gateway:
         if run is None:
             decision = deny("this process belongs to no known run", rule="<unknown-run>")
             return self._record_decision(Subject(run_id), layer, action, decision)
-        if self.over_rate(run):
-            limit = self.config.gateway.decisions_per_second
-            return deny(
-                f"run {run.id} asks for more than {limit} decisions a second; slow down, or raise "
-                "gateway.decisions_per_second in agent-assembly.toml",
-                rule="<limit:decisions_per_second>",
-                policy=self.source.revision,
-            )
+        refused = self.over_budget(run)
+        if refused is not None:
+            return refused
         try:
             halt = self.registry.halt
             decision = self._evaluate(run, action) if halt is None else self._halted(halt)
@@ -185,10 +180,12 @@ class Gateway:
         self.decisions += 1
         record = audit_record.of_decision(subject, layer, action, decision, time.time_ns())
         try:
-            self.audit.write(record)
+            size = self.audit.write(record)
         except AuditUnavailable as e:
             self.denied += 1
             return deny(f"{e}, so nothing is allowed", rule="<audit>", policy=decision.policy)
+        if subject.uid >= 0:
+            self.budgets.recorded(subject.run, size)
         if decision.effect is not Effect.ALLOW:
             self.denied += 1
             self._remember_denial(record)
@@ -208,50 +205,83 @@ class Gateway:
             return None
         return Run(run_id, "", name, user.pw_uid, user.pw_dir, frozenset((Layer.PROXY,)))
 
-    def over_rate(self, run: Run) -> bool:
-        """Takes one record of the run's rate; True, and counted as refused, when none is left."""
-        limit = float(self.config.gateway.decisions_per_second)
-        now = time.monotonic()
-        rate = self._rates.setdefault(run.id, Rate(limit, now))
-        rate.tokens = min(limit, rate.tokens + (now - rate.at) * limit)
-        rate.at = now
-        if rate.tokens < 1:
-            rate.refused += 1
-            return True
-        rate.tokens -= 1
-        return False
+    def _limits(self) -> tuple[float, float]:
+        config = self.config
+        return float(config.gateway.decisions_per_second), float(
+            config.audit.bytes_per_second_per_run
+        )
 
-    def flush_rate_refusals(self) -> None:
-        """One record per run for what its rate limit refused since the last call."""
-        for run_id, rate in list(self._rates.items()):
-            run = self.run_for(run_id)
-            if rate.refused:
-                self.write_report(
-                    Report(
-                        type=RecordType.REFUSAL,
-                        layer=Layer.GATEWAY,
-                        kind=Kind.GUARD,
-                        target="decisions_per_second",
-                        time=time.time_ns(),
-                        run=run_id,
-                        effect=Effect.DENY,
-                        rule="<limit:decisions_per_second>",
-                        reason="the run asked for more decisions than its limit",
-                        count=rate.refused,
-                    )
+    def over_budget(self, run: Run) -> Decision | None:
+        """The denial of a run that asks too much, counted instead of recorded; None for others."""
+        if self.budgets.over_rate(run.id):
+            limit = self.config.gateway.decisions_per_second
+            reason = f"run {run.id} asks for more than {limit} decisions a second; slow down, or "
+            reason += "raise gateway.decisions_per_second in agent-assembly.toml"
+            rule = "<limit:decisions_per_second>"
+        elif self.budgets.over_audit(run.id):
+            bound = self.config.audit.bytes_per_second_per_run
+            reason = (
+                f"run {run.id} fills the audit log with more than {bound} bytes a second; slow "
+            )
+            reason += "down, or raise audit.bytes_per_second_per_run in agent-assembly.toml"
+            rule = "<limit:audit_bytes_per_second>"
+        else:
+            return None
+        return deny(reason, rule=rule, policy=self.source.revision)
+
+    def flush_over_budget(self) -> None:
+        """A record per run for what its budgets refused or left out since the last call."""
+        for run, spent in self.budgets.over():
+            refusals = (
+                ("decisions_per_second", "the run asked for more decisions than its limit"),
+                ("audit_bytes_per_second", "the run filled the audit log beyond its limit"),
+            )
+            counts = (spent.refused, spent.refused_for_audit)
+            for (limit, reason), count in zip(refusals, counts, strict=True):
+                if count:
+                    self._write_count(RecordType.REFUSAL, run, limit, reason, count)
+            if spent.not_recorded:
+                reason = (
+                    f"{spent.not_recorded} records of what the run did are left out: it filled "
                 )
-                rate.refused = 0
-            if run is None:
-                del self._rates[run_id]
+                reason += "the audit log beyond its limit"
+                self._write_count(
+                    RecordType.GAP, run, "audit_bytes_per_second", reason, spent.not_recorded
+                )
+        self.budgets.forget_all_but(lambda run: self.run_for(run) is not None)
+
+    def _write_count(
+        self, type_: RecordType, run: str, limit: str, reason: str, count: int
+    ) -> None:
+        refusal = type_ is RecordType.REFUSAL
+        self.write_report(
+            Report(
+                type=type_,
+                layer=Layer.GATEWAY,
+                kind=Kind.GUARD,
+                target=limit,
+                time=time.time_ns(),
+                run=run,
+                effect=Effect.DENY if refusal else None,
+                rule=f"<limit:{limit}>",
+                reason=reason,
+                count=count,
+            )
+        )
 
     # -- records
 
     def write_report(self, report: Report) -> None:
         """Keeps what a component reports. Raises `AuditUnavailable`; then it keeps it itself."""
         run = self.registry.get(report.run) if report.run else None
+        budgeted = run is not None and run.live and report.type in BUDGETED
+        if budgeted and self.budgets.over_audit(report.run, happened=True):
+            return
         subject = Subject.of(run) if run else replace(NOBODY, run=report.run)
         record = audit_record.of_report(subject, report, self.source.revision, None)
-        self.audit.write(record)
+        size = self.audit.write(record)
+        if budgeted:
+            self.budgets.recorded(report.run, size)
         if report.effect is Effect.DENY:
             self.denied += 1
             self._remember_denial(record)
@@ -339,7 +369,11 @@ class Gateway:
             raise LayerNotReady("halt", str(self.registry.halt))
         limit = self.config.gateway.max_runs
         if len(self.registry) >= limit:
-            raise TooManyRuns(f"{limit} runs live already (gateway.max_runs)")
+            raise TooManyRuns(f"{limit} runs live already", "gateway.max_runs")
+        share = self.config.gateway.max_runs_per_user
+        caller = run.caller_uid
+        if caller > 0 and self.registry.started_by(caller) >= share:
+            raise TooManyRuns(f"{share} runs of yours live already", "gateway.max_runs_per_user")
         registered = replace(
             run, id=self.registry.new_id(), state=RunState.REGISTERED, started=time.time()
         )
@@ -484,6 +518,17 @@ class Gateway:
         return run
 
     # -- state
+
+    def reload_config(self) -> None:
+        """Takes limits and agents from the files again; with an error the last good ones stay."""
+        try:
+            self.config = configuration.load()
+            self.config_problems = []
+        except InvalidFile as e:
+            self.config_problems = list(e.problems)
+            self.write_event(
+                Kind.GUARD, "config", f"configuration not changed: {e.problems[0]}", alert=True
+            )
 
     def set_status(self, name: str, state: str, details: dict[str, Any]) -> None:
         component = self._component(name)

@@ -60,7 +60,7 @@ def _typed_errors(interface: str, function: Callable[..., Any]) -> Method:
                 )
             case TooManyRuns():
                 return VarlinkError(
-                    f"{interface}.TooManyRuns", {"reason": str(e), "limit": "gateway.max_runs"}
+                    f"{interface}.TooManyRuns", {"reason": str(e), "limit": e.limit}
                 )
             case MalformedValue():
                 kind = "MalformedReport" if str(e).startswith("report") else "MalformedAction"
@@ -110,11 +110,9 @@ def run_service(gateway: Gateway, run_id: str) -> Service:
 
     def report(call: Call) -> Reply:
         action = Action.from_json(call.parameters["action"])
-        if gateway.over_rate(live()):
-            raise VarlinkError(
-                "io.agentassembly.PermissionDenied",
-                {"reason": "the run reports more than gateway.decisions_per_second allows"},
-            )
+        refused = gateway.over_budget(live())
+        if refused is not None:
+            raise VarlinkError("io.agentassembly.PermissionDenied", {"reason": refused.reason})
         gateway.write_report(
             Report(
                 type=RecordType.OBSERVED,
@@ -340,7 +338,8 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
         return {"decision": told["decision"], "steps": told["steps"]}
 
     def reload(call: Call) -> Reply:
-        problems = gateway.source.reload()
+        gateway.reload_config()
+        problems = [*gateway.config_problems, *gateway.source.reload()]
         if problems:
             raise VarlinkError(
                 "io.agentassembly.Control.PolicyInvalid",

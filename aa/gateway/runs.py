@@ -74,6 +74,10 @@ class RunRegistry:
     def live(self) -> list[Run]:
         return list(self._live.values())
 
+    def started_by(self, uid: int) -> int:
+        """How many live runs a user asked for."""
+        return sum(1 for run in self._live.values() if run.caller_uid == uid)
+
     def get_live(self, run: str) -> Run | None:
         return self._live.get(run)
 

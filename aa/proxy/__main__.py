@@ -62,6 +62,7 @@ class Proxy:
 
     def __init__(self, config: configuration.Config) -> None:
         self._config = config
+        self._config_problem = ""
         self._sockets: tuple[socket.socket, ...] = ()
         enforce = config.gateway.socket
         self._reporter = Reporter(COMPONENT, socket=enforce)
@@ -74,7 +75,9 @@ class Proxy:
             raise CannotStart(
                 f"SOCK_DIAG cannot be asked: {e}", hint="load the modules tcp_diag and udp_diag"
             ) from None
-        identify = Identify(self._runs, diag, explicit_users=_uids(config.proxy.explicit_users))
+        self._identify = identify = Identify(
+            self._runs, diag, explicit_users=_uids(config.proxy.explicit_users)
+        )
         answered = AnsweredNames()
         self._resolver = Resolver()
         self._front = Front(
@@ -109,11 +112,28 @@ class Proxy:
             await self._synchronise()
             await self._listen(sockets)
             tasks.append(group.create_task(self._keep_house(daemon)))
+            daemon.reload = self.reload
             daemon.ready(self._status())
             await daemon.stop.wait()
             await self._stop(daemon)
             for task in tasks:
                 task.cancel()
+
+    def reload(self) -> None:
+        """Takes [proxy] from the file again, for connections from now on; an error changes nothing."""
+        try:
+            config = configuration.load()
+        except InvalidFile as e:
+            self._config_problem = f"configuration not changed: {e.problems[0]}"
+            log.error("%s", self._config_problem)
+            return
+        now = self._config
+        stays = config.listen != now.listen or config.gateway.socket != now.gateway.socket
+        self._config_problem = "[listen] and gateway.socket take a restart" if stays else ""
+        self._front.shared.limits = config.proxy
+        self._gateway.set_deadline(config.proxy.decide_seconds)
+        self._identify.set_explicit_users(_uids(config.proxy.explicit_users))
+        log.info("[proxy] is read again")
 
     async def _synchronise(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -183,11 +203,12 @@ class Proxy:
 
     def _status(self) -> str:
         counts, queries = self._front.shared.counts, self._forwarder.counts
+        problem = f"; {self._config_problem}" if self._config_problem else ""
         away = "" if self._runs.synchronised else "; gateway unreachable: refusing everything"
         return (
             f"{self._front.connections} connections, {counts.allowed} allowed, "
             f"{counts.denied} denied, {counts.failed} failed; "
-            f"{queries.queries} DNS queries, {queries.denied} denied{away}"
+            f"{queries.queries} DNS queries, {queries.denied} denied{away}{problem}"
         )
 
     def _tell_gateway(self) -> None:

@@ -50,6 +50,10 @@ class Gateway:
         self._client: AsyncClient | None = None
         self._connecting = asyncio.Lock()
 
+    def set_deadline(self, seconds: float) -> None:
+        """For what is asked from now on."""
+        self._seconds = seconds
+
     async def decide(self, run: str, action: Action, *, provisional: bool = False) -> Decision:
         """The gateway's decision. Raises `GatewayAway` within the deadline when there is none."""
         parameters = {

@@ -121,6 +121,7 @@ class Shared:
     """Ports of our listeners: the front neither serves nor dials itself."""
     counts: Counts = field(default_factory=Counts)
     per_run: Counter[str] = field(default_factory=Counter)
+    per_user: Counter[int] = field(default_factory=Counter)
     modes: Modes = field(default_factory=Modes)
     answered: AnsweredNames = field(default_factory=AnsweredNames)
 
@@ -404,7 +405,18 @@ class Connection:
                     rule="<limit:max_connections_per_run>",
                 )
             )
+        uid, share = self._client.uid, self._limits.max_connections_per_user
+        if self._shared.per_user[uid] >= share:
+            self._speaks = None
+            raise Refused(
+                deny(
+                    f"this user has {share} connections open; raise proxy.max_connections_per_user "
+                    "in agent-assembly.toml",
+                    rule="<limit:max_connections_per_user>",
+                )
+            )
         self._shared.per_run[self.run] += 1
+        self._shared.per_user[uid] += 1
         self._counted = True
         if isinstance(self._client, Client):
             self._shared.identify.hold(self._client)
@@ -417,6 +429,9 @@ class Connection:
         self._shared.per_run[self.run] -= 1
         if self._shared.per_run[self.run] <= 0:
             del self._shared.per_run[self.run]
+        self._shared.per_user[self._client.uid] -= 1
+        if self._shared.per_user[self._client.uid] <= 0:
+            del self._shared.per_user[self._client.uid]
 
     def _must_be_known(self) -> None:
         if isinstance(self._client, Stranger):

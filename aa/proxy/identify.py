@@ -70,6 +70,10 @@ class Identify:
         self._searches = 2 * SEARCHES_PER_SECOND
         self._searched = time.monotonic()
 
+    def set_explicit_users(self, users: Mapping[int, str]) -> None:
+        """For connections from now on."""
+        self._explicit_users = users
+
     def tcp(
         self,
         family: int,

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ max_connections = 24
 max_connections_per_run = 8
 explicit_users = ["games"]
 """
+CONFIG_FILE = "/etc/agent-assembly/agent-assembly.toml"
 GAMES_UID = 5
 
 
@@ -224,6 +226,40 @@ def test_over_the_total_connections_are_reset_and_counted(w: World) -> None:
     assert wait_for(lambda: any(r["rule"] == "<limit:max_connections>" for r in w.gateway.reports))
     w.gateway.rules["allowed.test"] = decision()
     assert "hello" in https(w)
+
+
+@contextmanager
+def reloaded(w: World, change: str) -> Iterator[None]:
+    """[proxy] with one more line, by SIGHUP, and back."""
+    for text in (CONFIG.replace("[proxy]\n", f"[proxy]\n{change}\n"), CONFIG):
+        w.write(CONFIG_FILE, text)
+        before = w.log.read_text().count("[proxy] is read again")
+        w.kill_proxy(signal.SIGHUP)
+        assert wait_for(lambda: w.log.read_text().count("[proxy] is read again") > before)
+        if text is not CONFIG:
+            yield
+
+
+def test_a_user_has_no_more_connections_than_the_limit_that_was_reloaded(w: World) -> None:
+    w.gateway.rules[PEER4] = decision()
+    pid = w.proxy_pid
+    with reloaded(w, "max_connections_per_user = 5"):
+        assert w.python(HOLD, PEER4, "7", "443") == "5\n"
+        rules = [r["rule"] for r in w.gateway.reported("refusal")]
+        assert "<limit:max_connections_per_user>" in rules
+    assert w.python(HOLD, PEER4, "7", "443") == "7\n"
+    assert w.proxy_pid == pid
+
+
+def test_a_configuration_that_is_wrong_changes_nothing(w: World) -> None:
+    w.gateway.rules[PEER4] = decision()
+    w.write(CONFIG_FILE, CONFIG + "\nmax_conections_per_user = 1\n")
+    try:
+        w.kill_proxy(signal.SIGHUP)
+        assert wait_for(lambda: "configuration not changed" in w.log.read_text())
+        assert w.python(HOLD, PEER4, "7", "443") == "7\n"
+    finally:
+        w.write(CONFIG_FILE, CONFIG)
 
 
 # -- users outside a run

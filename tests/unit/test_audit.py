@@ -120,10 +120,10 @@ class BrokenFile(AuditFile):
 
     full = False
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record) -> int:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        super().write(record)
+        return super().write(record)
 
 
 @pytest.fixture

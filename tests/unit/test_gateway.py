@@ -233,7 +233,7 @@ def test_a_run_that_floods_is_denied_and_told_once(gateway: Gateway, records: An
     refused = answers.count("<limit:decisions_per_second>")
     assert 150 < refused < 220
     assert gateway.decide(quiet.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
-    gateway.flush_rate_refusals()
+    gateway.flush_over_budget()
     told = [r for r in records() if r["rule"] == "<limit:decisions_per_second>"]
     assert [(r["run"], r["count"]) for r in told] == [(flooding.id, refused)]
 
@@ -260,7 +260,7 @@ def test_reports_of_a_run_are_under_the_same_limit_and_cannot_fill_the_log(
     refused = report(flooding, 300)
     assert 150 < refused < 220
     assert report(quiet, 50) == 0
-    gateway.flush_rate_refusals()
+    gateway.flush_over_budget()
     of = [r for r in records() if r["run"] == flooding.id and r["type"] != "lifecycle"]
     assert sum(r["count"] for r in of if r["type"] == "observed") == 300 - refused
     assert sum(r["count"] for r in of if r["type"] == "refusal") == refused
