@@ -64,6 +64,18 @@ class _BatchOpts(ctypes.Structure):
     _fields_ = (("sz", c_size_t), ("elem_flags", c_uint64), ("flags", c_uint64))
 
 
+class _UprobeOpts(ctypes.Structure):
+    """struct bpf_uprobe_opts as it was in libbpf 1.1."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("ref_ctr_offset", c_size_t),
+        ("bpf_cookie", c_uint64),
+        ("retprobe", ctypes.c_bool),
+        ("func_name", c_char_p),
+    )
+
+
 class _LinkInfo(ctypes.Structure):
     """struct bpf_link_info as far as cgroup links go."""
 
@@ -144,6 +156,7 @@ _INT_CALLS: dict[str, tuple[Any, ...]] = {
     "bpf_map_get_next_key": (c_int, c_void_p, c_void_p),
     "bpf_map_lookup_batch": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "bpf_prog_test_run_opts": (c_int, c_void_p),
+    "bpf_link__destroy": (c_void_p,),
     "ring_buffer__consume": (c_void_p,),
     "ring_buffer__epoll_fd": (c_void_p,),
     "libbpf_num_possible_cpus": (),
@@ -153,6 +166,7 @@ _POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "bpf_object__next_program": (c_void_p, c_void_p),
     "bpf_object__next_map": (c_void_p, c_void_p),
     "bpf_map__initial_value": (c_void_p, POINTER(c_size_t)),
+    "bpf_program__attach_uprobe_opts": (c_void_p, c_int, c_char_p, c_size_t, c_void_p),
     "ring_buffer__new": (c_int, SAMPLE, c_void_p, c_void_p),
 }
 _TEXT_CALLS = ("bpf_program__name", "bpf_map__name")
@@ -265,6 +279,38 @@ class BpfObject:
 
     def map_fd(self, name: str) -> int:
         return os.dup(_int("bpf_map__fd", f"map {name}", dict(self._each("map"))[name]))
+
+    def attach_uprobe(
+        self, program: str, file: Path, offset: int, *, back: bool, cookie: int
+    ) -> UprobeLink:
+        """Puts a program at an instruction of a file, for all processes that map it.
+
+        `back`: at the return from the function there. `cookie`: what the program is told.
+        """
+        options = _UprobeOpts(sz=ctypes.sizeof(_UprobeOpts), bpf_cookie=cookie, retprobe=back)
+        return UprobeLink(
+            _pointer(
+                "bpf_program__attach_uprobe_opts",
+                f"probe {program}",
+                self.programs()[program],
+                -1,
+                _path(file),
+                offset,
+                ctypes.byref(options),
+            )
+        )
+
+
+class UprobeLink:
+    """A probe in its place, until it is closed. It may outlive its object."""
+
+    def __init__(self, link: int) -> None:
+        self._link = link
+
+    def close(self) -> None:
+        if self._link:
+            _library().bpf_link__destroy(self._link)
+            self._link = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,10 @@ class Loader:
         loaded = (self._programs[name] for name in tracing if name in self._programs)
         return sum(libbpf.program_info(p.fd).missed for p in loaded)
 
+    def shared_maps(self) -> dict[str, Path]:
+        """Where the maps are pinned that any object may share."""
+        return {name: self._maps_dir / name for name in SHARED_MAPS if name in self._maps}
+
     def pinned_map(self, name: str, make: Mapping[str, int]) -> int:
         """A map of the loader's own that shall outlive it; `make` is for `bpf_map_create`."""
         path = self._maps_dir / name

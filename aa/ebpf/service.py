@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from aa import cgroup, paths
@@ -21,6 +22,8 @@ from aa.ebpf.loader import PIN_DIR, AlreadyRunning, Loader, NoPinDirectory, Plac
 from aa.ebpf.merge import Hold, Merged, Merger, RecentRuns
 from aa.ebpf.reader import RingReader
 from aa.ebpf.reports import UNKNOWN_RUN, equal_key, to_report
+from aa.ebpf.tls.capture import Capture
+from aa.ebpf.tls.probes import Probes
 from aa.ebpf.told import Told
 from aa.model import Kind, Layer, RecordType, Report, Run, Rung, RunState
 from aa.report import Reporter, RunTable, Unreachable, confirm_run
@@ -89,6 +92,16 @@ class KernelLayer:
         self._lost = 0
         self._swept = -1
         self._boot = _boot_time()
+        self.tls = Capture(
+            lambda: Probes(settings.objects, self.loader.shared_maps()),
+            runs=lambda: self.runs,
+            run_of=self._run_of,
+            cgroups=settings.slices.root,
+            report=self.reporter.report,
+            gap=self._tls_gap,
+            alert=partial(self._lifecycle, alert=True),
+            boot=lambda: self._boot,
+        )
 
     # -- life
 
@@ -106,6 +119,7 @@ class KernelLayer:
                 ("watch", self._watch()),
                 ("flush", self._flush_often()),
                 ("canary", self._prove_often()),
+                ("tls", self.tls.run()),
             )
         ]
         stop = asyncio.create_task(self._daemon.stop.wait())
@@ -139,6 +153,11 @@ class KernelLayer:
         """Ends in order: read, report, close. What is pinned stays."""
         await reader.stop()
         self._flush(float("inf"))
+        tasks = list(tasks)
+        for task in tasks:
+            if task.get_name() == "tls":  # tells its last requests
+                task.cancel()
+                await asyncio.wait([task])
         await self.reporter.close()
         self._save()
         for task in tasks:
@@ -167,6 +186,7 @@ class KernelLayer:
             count = self._told.more(event.raw_key, event.total)
         self._account(self._ledger.read, event, count)
         self._remember(event)
+        self.tls.noticed(event)
         if self.canary.saw(event.head.cgroup, event):
             self._account(self._ledger.dismiss, event, count)
         elif count:
@@ -300,6 +320,9 @@ class KernelLayer:
             )
         )
 
+    def _tls_gap(self, count: int, why: str) -> None:
+        self._gap(count, "TLS", why)
+
     def _save(self) -> None:
         """What the gateway has answered for need not be a gap when we are killed."""
         if not self.reporter.spooled:
@@ -391,7 +414,8 @@ class KernelLayer:
         self._judge()
         details = {
             "rung": self.rung.value,
-            "problems": list(self.problems),
+            "problems": [*self.problems, *filter(None, [self.tls.problem])],
+            "tls": self.tls.status(),
             "refused_programs": dict(self.loader.refused),
             "ends": sorted(str(end) for end in self._settings.ends),
             "events_lost": self._lost,
@@ -420,6 +444,7 @@ class KernelLayer:
 
     async def _confirm(self, run: Run) -> None:
         await self._first_proof()
+        await self.tls.prepare()
         reason = self.verify(run)
         try:
             await confirm_run(run.id, COMPONENT, not reason, reason, socket=self._settings.gateway)

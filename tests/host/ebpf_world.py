@@ -129,6 +129,7 @@ class World:
         return world
 
     client_link: str = ""
+    pem: Path = Path()  # of a test that has a certificate
 
     @property
     def client(self) -> str:
@@ -212,18 +213,17 @@ class World:
         self, cgroup: Path | None, code: str, *arguments: str, netns: str = ""
     ) -> Iterator[subprocess.Popen[str]]:
         """The same, while the block runs; it begins when the program has printed a line."""
+        python = (PYTHON, "-I", "-S", "-u", "-c", PRELUDE + textwrap.dedent(code))
+        with self.process(cgroup, *python, *arguments, netns=netns) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def process(
+        self, cgroup: Path | None, *command: str, netns: str = ""
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A program while the block runs, by default a server's."""
         process = subprocess.Popen(
-            self.command(
-                cgroup,
-                netns or self.server,
-                PYTHON,
-                "-I",
-                "-S",
-                "-u",
-                "-c",
-                PRELUDE + textwrap.dedent(code),
-                *arguments,
-            ),
+            self.command(cgroup, netns or self.server, *command),
             text=True,
             stdout=subprocess.PIPE,
             stdin=subprocess.PIPE,

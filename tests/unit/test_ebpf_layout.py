@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from aa.ebpf import canary, events, loader, tables
+from aa.ebpf.tls import probes, records
 
 PROBES = Path(__file__).parents[2] / "probes"
 
@@ -17,7 +18,7 @@ PROGRAM = r"""
 #include <stdio.h>
 #include <stddef.h>
 #include <linux/types.h>
-#include "events.h"
+#include "tls_events.h"
 #define SIZE(t) printf("sizeof " #t " %zu\n", sizeof(struct t))
 #define AT(t, f) printf(#t "." #f " %zu\n", offsetof(struct t, f))
 int main(void)
@@ -25,6 +26,9 @@ int main(void)
 	SIZE(aa_head); SIZE(aa_exit); SIZE(aa_tally_key); SIZE(aa_tally); SIZE(aa_net);
 	SIZE(aa_end); SIZE(aa_config); SIZE(aa_count);
 	AT(aa_exec, data); AT(aa_exec, filename_len); AT(aa_head, comm); AT(aa_net, key);
+	SIZE(aa_tls_key); SIZE(aa_tls_session); SIZE(aa_tls_data); SIZE(aa_tls_count);
+	AT(aa_tls_data, born); AT(aa_tls_data, captured); AT(aa_tls_data, peer_addr);
+	AT(aa_tls_session, in);
 	AT(aa_net, total); AT(aa_tally_key, port); AT(aa_tally_key, reason); AT(aa_exit, status);
 	return 0;
 }
@@ -52,6 +56,14 @@ def test_sizes_and_offsets(c: dict[str, int]) -> None:
         "sizeof aa_end": tables.END_SIZE,
         "sizeof aa_config": tables.CONFIG_SIZE,
         "sizeof aa_count": tables.COUNT_SIZE,
+        "sizeof aa_tls_key": records.KEY.size,
+        "sizeof aa_tls_session": records.SESSION.size,
+        "sizeof aa_tls_data": records.FIXED_SIZE,
+        "sizeof aa_tls_count": records.COUNT.size,
+        "aa_tls_data.born": events.HEAD.size + records.KEY.size,
+        "aa_tls_data.captured": events.HEAD.size + records.KEY.size + struct.calcsize("=QQQI"),
+        "aa_tls_data.peer_addr": records.FIXED_SIZE - 16,
+        "aa_tls_session.in": struct.calcsize("=QQ"),
         "aa_exec.data": events.EXEC_SIZE,
         "aa_exec.filename_len": events.HEAD.size + struct.calcsize("=QII"),
         "aa_head.comm": events.HEAD.size - events.COMM_MAX,
@@ -65,7 +77,7 @@ def test_sizes_and_offsets(c: dict[str, int]) -> None:
 
 
 def test_constants() -> None:
-    text = (PROBES / "events.h").read_text()
+    text = (PROBES / "events.h").read_text() + (PROBES / "tls_events.h").read_text()
 
     def number(name: str) -> int:
         found = re.search(rf"\b{name}\s*=?\s*\(?(\d+)(?: << (\d+))?", text)
@@ -97,6 +109,9 @@ def test_constants() -> None:
         "OUTSIDE",
     ):
         assert number(f"AA_{name}") == getattr(events, name), name
+    for name in ("DATA", "END", "FROM_START", "HTTP2", "ENDED", "UNREAD", "DATA_MAX", "HEAD_MAX"):
+        assert number(f"AA_TLS_{name}") == getattr(records, name), name
+    assert number("AA_TLS_RATE") == records.RATE
     assert number("AA_KINDS") == tables.KINDS
     assert number("AA_MAX_ENDS") == tables.MAX_ENDS
     assert number("AA_MAX_TALLIES") == tables.MAX_TALLIES
@@ -111,7 +126,8 @@ def test_every_program_of_the_sources_is_known_to_the_loader() -> None:
             r'SEC\("(?!license|\.maps)[^"]+"\)\s*\nint (?:BPF_PROG\()?(\w+)', source.read_text()
         )
     }
-    assert found == {(p.object, p.name) for p in loader.PROGRAMS}
+    known = {(p.object, p.name) for p in loader.PROGRAMS}
+    assert found == known | {(probes.OBJECT, name) for name in probes.PROGRAMS}
 
 
 def test_the_canarys_closed_port_is_no_end_of_the_proxy() -> None:

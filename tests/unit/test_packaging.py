@@ -18,6 +18,7 @@ DEBIAN_PACKAGE = {
     "cryptography": "python3-cryptography",
     "dns": "python3-dnspython",
     "h11": "python3-h11",
+    "hpack": "python3-hpack",
     "idna": "python3-idna",
     "iptc": "python3-iptables",
     "jsonschema": "python3-jsonschema",
