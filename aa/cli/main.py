@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "halt": ("aa.cli.halt:halt", "Stop everything: freeze all runs, and start none."),
     "why": ("aa.cli.why:why", "Say what was refused lately, and what to do about it."),
     "policy": ("aa.cli.policy:policy", "Check, show, explain, choose and reload the policy."),
+    "limits": ("aa.cli.limits:limits", "Show how much of each limit is used."),
     "audit": ("aa.cli.audit:audit", "Read the audit log."),
     "proxy": ("aa.cli.proxy:proxy", "Start, stop and look at the proxy."),
     "ca": ("aa.cli.ca:ca", "Show and renew this host's certificate authority."),

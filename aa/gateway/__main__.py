@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 from aa import config as configuration
@@ -17,8 +18,11 @@ from aa.audit.file import AuditFile
 from aa.audit.journal import Journal
 from aa.audit.log import AuditLog
 from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
+from aa.gateway import prices
+from aa.gateway.counters import Counters
 from aa.gateway.gateway import Gateway
 from aa.gateway.interfaces import control_service, enforce_service, run_service
+from aa.gateway.limits import Limits as PolicyLimits
 from aa.gateway.runs import RegistryCorrupt, RunRegistry
 from aa.gateway.source import WATCH_SECONDS
 from aa.model import Kind, Run
@@ -28,6 +32,7 @@ from aa.varlink.server import Limits
 
 VANISHED_SECONDS = 5.0
 SECOND = 1.0
+TIDY_SECONDS = 60.0
 RUN_LIMITS = Limits(connections=32, connections_per_uid=32, calls_per_second=4000)
 """Of one run's own socket: what a hostile run can take of the time and memory of all."""
 
@@ -105,7 +110,10 @@ def open_gateway() -> Gateway:
         registry = RunRegistry(paths.GATEWAY_STATE_DIR / "runs.sqlite")
     except RegistryCorrupt as e:
         raise CannotStart(str(e)) from e
-    return Gateway(config=config, policies=paths.POLICY_DIR, registry=registry, audit=audit)
+    limits = PolicyLimits(Counters(paths.GATEWAY_STATE_DIR / "limits.sqlite"), prices.load)
+    return Gateway(
+        config=config, policies=paths.POLICY_DIR, registry=registry, audit=audit, limits=limits
+    )
 
 
 def sockets_by_path() -> dict[str, socket.socket]:
@@ -144,6 +152,7 @@ async def main(daemon: Daemon) -> None:
     chores = [
         asyncio.create_task(every(WATCH_SECONDS, gateway.source.reload_if_changed)),
         asyncio.create_task(every(SECOND, gateway.flush_over_budget)),
+        asyncio.create_task(every(TIDY_SECONDS, lambda: gateway.limits.tidy(time.time()))),
         asyncio.create_task(every(SECOND, lambda: daemon.status(gateway.status_line()))),
         asyncio.create_task(every(VANISHED_SECONDS, lambda: end_vanished(gateway, run_sockets))),
     ]

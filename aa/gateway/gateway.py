@@ -19,7 +19,10 @@ from aa.audit.file import read_backwards
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.audit.record import NOBODY, Record, Subject, timestamp
 from aa.config import Config
+from aa.gateway import prices
 from aa.gateway.budget import Budgets
+from aa.gateway.counters import Counters
+from aa.gateway.limits import Limits
 from aa.gateway.runs import Halt, RunRegistry
 from aa.gateway.source import PolicySource
 from aa.model import (
@@ -48,6 +51,8 @@ REGISTERED_SECONDS = 60.0
 GONE_SECONDS = 15.0
 """How long after its cgroup's end aa-launch, which knows the exit code, is waited for."""
 USER_RUN_PREFIX = "user/"
+USED = (Kind.NET_CONNECT, Kind.LLM_REQUEST)
+"""Kinds whose reports tell what a run used."""
 BUDGETED = (RecordType.OBSERVED,)
 """Reports that are counted instead of kept while their run is over its audit budget. Refusals are
 counted by who makes them."""
@@ -106,7 +111,13 @@ class Gateway:
     """One object with the state; single-threaded, so every decision sees one policy."""
 
     def __init__(
-        self, *, config: Config, policies: Path, registry: RunRegistry, audit: AuditLog
+        self,
+        *,
+        config: Config,
+        policies: Path,
+        registry: RunRegistry,
+        audit: AuditLog,
+        limits: Limits | None = None,
     ) -> None:
         self.config = config
         self.registry = registry
@@ -119,7 +130,8 @@ class Gateway:
         self.source = PolicySource(policies, self._policy_changed)
         self._barriers: dict[str, Barrier] = {}
         self._denials: dict[str, deque[Record]] = {}
-        self.budgets = Budgets(self._limits)
+        self.budgets = Budgets(self._budget)
+        self.limits = limits or Limits(Counters(Path(":memory:")), prices.load)
         self._watchers: set[Callable[[Run], None]] = set()
         self._missing: dict[str, float] = {}
         """Since when a run's cgroup is gone, on the monotonic clock."""
@@ -156,7 +168,10 @@ class Gateway:
         policy = self.source.policy
         if policy is None:
             return deny(NO_POLICY_REASON, rule="<no-policy>")
-        decision = policy.decide(run, action, now=time.time())
+        now = time.time()
+        decision = policy.decide(run, action, now=now)
+        if limits := policy.limits(run):
+            decision = self.limits.judge(limits, run, action, decision, now)
         if decision.effect is Effect.ASK:
             return replace(
                 decision,
@@ -205,7 +220,7 @@ class Gateway:
             return None
         return Run(run_id, "", name, user.pw_uid, user.pw_dir, frozenset((Layer.PROXY,)))
 
-    def _limits(self) -> tuple[float, float]:
+    def _budget(self) -> tuple[float, float]:
         config = self.config
         return float(config.gateway.decisions_per_second), float(
             config.audit.bytes_per_second_per_run
@@ -329,7 +344,19 @@ class Gateway:
                 )
             )
         for report in reports:
-            self.write_report(report)
+            self.write_report(self._counted(report))
+
+    def _counted(self, report: Report) -> Report:
+        """What a component saw a run use goes to the run's limits first."""
+        run = self.run_for(report.run) or self.registry.get(report.run) if report.run else None
+        if run is None or report.kind not in USED:
+            return report
+        policy = self.source.policy
+        limits = policy.limits(run) if policy else ()
+        counted, alert = self.limits.note(limits, run, report, time.time())
+        if alert:
+            self.write_event(report.kind, report.target, alert, run=run.id, alert=True)
+        return counted
 
     def denials(self, run_id: str) -> list[Record]:
         """The run's recent denials, oldest first."""
@@ -524,6 +551,7 @@ class Gateway:
         try:
             self.config = configuration.load()
             self.config_problems = []
+            self.limits.reload()
         except InvalidFile as e:
             self.config_problems = list(e.problems)
             self.write_event(
@@ -564,6 +592,9 @@ class Gateway:
             found.insert(0, NO_POLICY_REASON)
         if self.registry.halt is not None:
             found.insert(0, str(self.registry.halt))
+        policy = self.source.policy
+        if policy is not None and any(file.limits for file in policy.files):
+            found += self.limits.problems()
         return found + self.audit.problems
 
     def status_line(self) -> str:

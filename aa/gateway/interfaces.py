@@ -347,6 +347,14 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             )
         return {"revision": gateway.source.revision}
 
+    def show_limits(call: Call) -> Reply:
+        policy = gateway.source.policy
+        limits = [limit for file in policy.files for limit in file.limits] if policy else []
+        return {
+            "limits": [u.as_json() for u in gateway.limits.uses(limits, time.time())],
+            "problems": gateway.limits.problems() if limits else [],
+        }
+
     async def tail(call: Call) -> AsyncIterator[Reply]:
         p = call.parameters
         fields: dict[str, str] = p["fields"]
@@ -384,6 +392,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "ShowPolicy": show_policy,
             "ExplainPolicy": explain,
             "ReloadPolicy": reload,
+            "ShowLimits": show_limits,
             "TailAudit": tail,
         },
     )

@@ -18,6 +18,7 @@ from aa.policy.address import Place, place
 from aa.policy.check import Finding, findings
 from aa.policy.host import InvalidHost, canonical_host
 from aa.policy.index import RuleIndex
+from aa.policy.limits import Limit
 from aa.policy.rules import (
     DEFAULT_PORTS,
     Match,
@@ -91,6 +92,7 @@ class View:
     enforced_defaults: Mapping[Section, str]
     all_defaults: Mapping[Section, str]
     mode: Mode
+    limits: tuple[Limit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,10 @@ class Policy:
             agreed = _common(agreed, folders)
         return tuple(sorted(set(agreed)))
 
+    def limits(self, run: Run) -> tuple[Limit, ...]:
+        """The limits of all files that apply to a run."""
+        return self._view(run).limits
+
     # -- which files apply
 
     def _view(self, run: Run) -> View:
@@ -191,6 +197,7 @@ class Policy:
             enforced_defaults=_strictest(f for _, f in enforced),
             all_defaults=_strictest(f for _, f in applicable),
             mode=Mode.OBSERVE if observed and not enforced else Mode.ENFORCE,
+            limits=tuple(limit for _, f in applicable for limit in f.limits),
         )
 
     # -- from verdict to decision

@@ -13,6 +13,7 @@ from aa.model import Effect, Mode
 from aa.policy.address import Range
 from aa.policy.arguments import OPERATORS, Predicate, contradiction, predicate
 from aa.policy.engine import Policy
+from aa.policy.limits import limits_of
 from aa.policy.pattern import HostPattern, InvalidPattern, glob, host_pattern
 from aa.policy.rules import (
     DEFAULT_PORTS,
@@ -141,6 +142,8 @@ def _file(document: Document, number: int) -> PolicyFile:
     head = document.data["policy"]
     rules = tuple(_rules(document, head["id"], number, problems))
     writable = _writable(document, problems)
+    mode = Mode(head.get("mode", "enforce"))
+    limits = tuple(limits_of(document, head["id"], mode, problems))
     if problems:
         raise InvalidFile(sorted(problems, key=lambda p: p.line))
     applies = {k: frozenset(v) for k, v in head.get("applies_to", {}).items()}
@@ -149,11 +152,12 @@ def _file(document: Document, number: int) -> PolicyFile:
         path=document.file,
         id=head["id"],
         revision=str(head.get("revision", "")),
-        mode=Mode(head.get("mode", "enforce")),
+        mode=mode,
         applies_to=Selector(**applies),
         defaults=defaults,
         rules=rules,
         writable=writable,
+        limits=limits,
         document=document,
     )
 

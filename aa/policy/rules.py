@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from aa.model import Effect, Mode, Run
 from aa.policy.address import Place, Range
 from aa.policy.arguments import Predicate
+from aa.policy.limits import Limit
 from aa.policy.pattern import HostPattern, Matcher
 from aa.tomlfile import Document
 
@@ -269,6 +270,7 @@ class PolicyFile:
     rules: tuple[Rule, ...]
     writable: tuple[str, ...] | None
     """`[sandbox] writable`, None if the file does not state it."""
+    limits: tuple[Limit, ...]
     document: Document = field(repr=False, compare=False)
 
     @property
@@ -292,6 +294,7 @@ class PolicyFile:
             "default": {section.value: self.default(section) for section in Section},
             "writable": None if self.writable is None else list(self.writable),
             "rules": [rule.as_json() for rule in self.rules],
+            "limits": [limit.as_json() for limit in self.limits],
         }
 
     def __str__(self) -> str:

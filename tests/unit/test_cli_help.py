@@ -19,7 +19,7 @@ TEXTS = [
     *sorted(TOP.glob("etc/**/README")),
 ]
 LISTINGS = ("runs list", "runs show", "policy check", "policy show", "policy explain",
-            "audit tail", "status", "why", "proxy status", "ca show")  # fmt: skip
+            "audit tail", "status", "why", "limits show", "runs tree", "proxy status", "ca show")  # fmt: skip
 SHELL = {"|", "||", "&&", ";", "<", ">"}
 
 

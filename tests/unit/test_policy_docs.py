@@ -32,7 +32,7 @@ def effect(policy: Policy, action: Action) -> Effect:
 
 
 def test_every_example_of_the_policy_page_loads(policies: tuple[Policy, ...]) -> None:
-    assert [p.files[0].id for p in policies] == ["coding", "payments"]
+    assert [p.files[0].id for p in policies] == ["coding", "payments", "budgets"]
 
 
 def test_the_first_example_does_what_the_page_says(policies: tuple[Policy, ...]) -> None:

@@ -220,7 +220,6 @@ def test_mistakes_name_line_and_key(text: str, line: int, key: str, words: str) 
         (rule('tool = { names = ["a"] }\napprove = { by = ["x"] }'), "rule[0].approve"),
         ("[sandbox]\nuser_namespaces = 'deny'\n" + HEAD, "sandbox.user_namespaces"),
         ("[sandbox]\nread_only = ['.git']\n" + HEAD, "sandbox.read_only"),
-        (HEAD + "[[limit]]\nid = 'x'\n", "limit"),
         (HEAD + "[[secret]]\nid = 'x'\n", "secret"),
         (HEAD + 'default = { exec = "deny" }\n', "policy.default.exec"),
         (HEAD + 'default = { file = "allow" }\n', "policy.default.file"),
