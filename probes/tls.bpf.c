@@ -189,6 +189,19 @@ static __always_inline void aa_tls_describe(struct aa_tls_data *record, __u8 kin
 
 #define AA_TLS_ROOM(step) (sizeof(struct aa_tls_data) + (step))
 
+/*
+ * Copies at most `room` bytes of a program's memory; `room` is a power of two. Masked
+ * and not compared: older verifiers lose what a comparison said about a copy.
+ */
+static __always_inline long aa_tls_copy(void *to, __u32 room, __u32 wanted, __u64 from)
+{
+	if (wanted >= room)
+		return bpf_probe_read_user(to, room, (void *)from);
+	barrier_var(wanted);
+	wanted &= room - 1;
+	return bpf_probe_read_user(to, wanted, (void *)from);
+}
+
 static __always_inline void aa_tls_fill(struct aa_tls_data *record,
 					const struct aa_config *config, __u64 object,
 					struct aa_tls_session *session,
@@ -200,12 +213,10 @@ static __always_inline void aa_tls_fill(struct aa_tls_data *record,
 	record->peer_port = peer->port;
 	__builtin_memcpy(record->peer_addr, peer->addr, sizeof(peer->addr));
 	record->len = len;
-	if (wanted > step)
-		wanted = step;
-	if (bpf_probe_read_user(record->data, wanted, (void *)buffer))
+	if (aa_tls_copy(record->data, step, wanted, buffer))
 		record->head.flags |= AA_TLS_UNREAD;
 	else
-		record->captured = wanted;
+		record->captured = wanted < step ? wanted : step;
 }
 
 /* Each size is a place of its own: the verifier wants to know it. */
@@ -226,7 +237,7 @@ static __always_inline __u32 aa_tls_worth(struct aa_tls_session *session, __u64 
 	unsigned char start[8] = {};
 	__u32 worth, i;
 
-	bpf_probe_read_user(start, len < sizeof(start) ? len : sizeof(start), (void *)buffer);
+	aa_tls_copy(start, sizeof(start), len, buffer);
 	if (!session->out && start[0] == 'P' && start[1] == 'R' && start[2] == 'I' &&
 	    start[3] == ' ' && start[4] == '*')
 		session->flags |= AA_TLS_HTTP2;
