@@ -11,7 +11,7 @@
 #define AA_EVENTS_H
 
 /* Grows with each change below. Pinned maps of another layout are not taken over. */
-#define AA_LAYOUT 1
+#define AA_LAYOUT 2
 
 #define AA_RING_BYTES (1 << 20)
 #define AA_MAX_ENDS 64
@@ -133,6 +133,7 @@ struct aa_config {
 	__u32 pidns;       /* inode of the loader's pid namespace */
 	__u32 generation;  /* tracing programs of another generation keep silent */
 	__u32 pad;
+	__u64 canary;      /* cgroup id of the canary that flies now; 0: none */
 };
 
 /* Per CPU and per kind. All only grow. */

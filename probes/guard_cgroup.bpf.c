@@ -126,7 +126,7 @@ static __always_inline struct aa_net *aa_refusal(const struct aa_tally_key *key,
 	total = aa_count_up(key, count, tally);
 	if (!total || !*tally)
 		return NULL;
-	record = aa_reserve_net();
+	record = aa_reserve_net(key->cgroup);
 	if (!record)
 		return NULL; /* the tally has it */
 	aa_begin(&record->head, AA_REFUSED, sizeof(*record), key->cgroup);

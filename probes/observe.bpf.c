@@ -268,7 +268,7 @@ int BPF_PROG(aa_on_exit, struct task_struct *task)
 static __always_inline void aa_tell_connect(const struct aa_config *config,
 					    const struct aa_tally_key *key, struct aa_count *count)
 {
-	struct aa_net *record = aa_reserve_net();
+	struct aa_net *record = aa_reserve_net(key->cgroup);
 
 	if (!record) {
 		aa_add(&count->lost);
@@ -373,7 +373,7 @@ static __always_inline int aa_datagram(struct bpf_sock_addr *ctx, __u8 family)
 	total = aa_count_up(&key, count, &tally);
 	if (!total || !tally)
 		return 1;
-	record = aa_reserve_net();
+	record = aa_reserve_net(key.cgroup);
 	if (!record)
 		return 1; /* the tally has it */
 	aa_begin(&record->head, AA_CONNECT, sizeof(*record), key.cgroup);

@@ -43,8 +43,9 @@ struct {
 	__type(value, struct aa_tally);
 } aa_tallies SEC(".maps");
 
-/* The last quarter of the ring is kept for exec and exit, so that a flood of
- * packets cannot hide what is started. */
+/* The last quarter of the ring is kept for exec and exit, so that a flood of packets
+ * cannot hide what is started, and for the canary, so that one run's flood cannot keep
+ * the others from being started. */
 #define AA_RING_FOR_NET (AA_RING_BYTES - AA_RING_BYTES / 4)
 
 /* Levels of nested pid namespaces that are searched for the loader's own. */
@@ -158,10 +159,13 @@ static __always_inline void aa_nobody(struct aa_head *head)
 	__builtin_memset(head->comm, 0, sizeof(head->comm));
 }
 
-/* Room for a network record, or NULL. */
-static __always_inline struct aa_net *aa_reserve_net(void)
+/* Room for a network record of a run, or NULL. */
+static __always_inline struct aa_net *aa_reserve_net(__u64 run)
 {
-	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_NET)
+	const struct aa_config *config = aa_configuration();
+
+	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_NET &&
+	    (!run || !config || run != config->canary))
 		return NULL;
 	return bpf_ringbuf_reserve(&aa_events, sizeof(struct aa_net), 0);
 }

@@ -84,6 +84,7 @@ class Canary:
         directory /= f"{CGROUP_NAME}-{time.monotonic_ns()}"
         directory.mkdir()
         own = directory.stat().st_ino
+        self._loader.announce_canary(own)
         self._cgroups = {own}  # of the last flight: its late events are forgotten with it
         self._seen.clear()
         self._enough.clear()

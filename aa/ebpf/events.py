@@ -12,7 +12,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-LAYOUT = 1
+LAYOUT = 2
 
 COMM_MAX = 16
 ARGV_MAX = 1024

@@ -169,7 +169,7 @@ class Loader:
         self._ends = frozenset(end.pack() for end in ends)
         self._set_ends()
         # The old tracing programs speak until the new ones are in place.
-        self._config = replace(held, pidns=os.stat("/proc/self/ns/pid").st_ino)
+        self._config = replace(held, pidns=os.stat("/proc/self/ns/pid").st_ino, canary=0)
         self._aim()
         fresh = self._attach_tracing()
         self._configure(generation=generation)
@@ -184,6 +184,10 @@ class Loader:
         cannot be attached shows in `problems`.
         """
         return self._set_ends() + self._aim()
+
+    def announce_canary(self, cgroup: int) -> None:
+        """Keeps room in the ring for the canary in this cgroup, until the next is announced."""
+        self._configure(canary=cgroup)
 
     # -- what is the case
 

@@ -23,7 +23,7 @@ KINDS = 8
 MAX_ENDS = 64
 MAX_TALLIES = 8192
 
-_CONFIG = struct.Struct("=QIIII")
+_CONFIG = struct.Struct("=QIIIIQ")
 _END = struct.Struct("=16sHBB")
 _COUNT = struct.Struct("=QQQQ")
 TALLY = struct.Struct("=QQ")
@@ -39,14 +39,17 @@ class Config:
     level: int = 0  # its depth below the root of all cgroups
     pidns: int = 0  # inode of the loader's pid namespace
     generation: int = 0  # tracing programs of another generation keep silent
+    canary: int = 0  # cgroup id of the canary that flies now; 0: none
 
     def pack(self) -> bytes:
-        return _CONFIG.pack(self.slice, self.level, self.pidns, self.generation, 0)
+        return _CONFIG.pack(
+            self.slice, self.level, self.pidns, self.generation, 0, self.canary
+        )
 
     @classmethod
     def unpack(cls, raw: bytes) -> Config:
-        slice_, level, pidns, generation, _ = _CONFIG.unpack(raw)
-        return cls(slice_, level, pidns, generation)
+        slice_, level, pidns, generation, _, canary = _CONFIG.unpack(raw)
+        return cls(slice_, level, pidns, generation, canary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aa.ebpf import libbpf
+from aa.ebpf import canary, libbpf
 from aa.ebpf.canary import CGROUP_NAME, CLOSED_PORT, Canary, Proof
 from aa.ebpf.events import decode
 from aa.ebpf.loader import Loader
@@ -63,6 +64,45 @@ def test_proves_guard_and_sight(world: World, loader: Loader) -> None:
     assert fly(loader) == Proof((), ())
     assert not canaries(world)
     assert fly(loader) == Proof((), ()), "a second flight proves as much"
+
+
+FLOOD = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    for n in range(20_000):
+        s.connect(("127.0.0.1", 1024 + n % 60_000))
+"""
+
+
+def test_a_flood_that_fills_the_ring_does_not_hide_the_canary(
+    world: World, loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one run could keep all others from being started."""
+    world.python(world.run_dir(world.proxied), FLOOD)
+    assert any(count.lost for count in loader.counts().values()), "the flood did not fill the ring"
+
+    async def go() -> Proof:
+        flown = Canary(loader)
+
+        def take(batch: list[bytes]) -> None:
+            for event in map(decode, batch):
+                flown.saw(event.head.cgroup, event)
+
+        reader = RingReader(loader.ring_fd, take)
+        send = canary._send_child
+
+        async def send_and_only_then_read(*arguments: Any) -> Any:
+            tried = await send(*arguments)
+            reader.start()
+            return tried
+
+        monkeypatch.setattr(canary, "_send_child", send_and_only_then_read)
+        try:
+            return await flown.fly()
+        finally:
+            await reader.stop()
+
+    assert asyncio.run(go()) == Proof((), ())
 
 
 def test_what_a_killed_flight_left_behind_is_no_obstacle(world: World, loader: Loader) -> None:

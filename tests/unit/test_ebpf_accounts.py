@@ -124,7 +124,7 @@ def test_a_tally_that_began_again_counts_from_nothing(total: int, told: int, new
 
 
 def test_config_and_counts_survive_packing() -> None:
-    config = Config(slice=2**63 + 1, level=3, pidns=4026531836, generation=7)
+    config = Config(slice=2**63 + 1, level=3, pidns=4026531836, generation=7, canary=2**40)
     assert Config.unpack(config.pack()) == config
     per_cpu = Count(1, 2, 3).pack() + Count(10, 20, 30).pack()
     assert Count.sum_of(per_cpu) == Count(11, 22, 33)

@@ -315,7 +315,11 @@ def test_a_tree_lists_parents_before_their_children_and_nobody_else(tmp_path: Pa
             children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
             return int(children[0]) if children else 0
 
-        while not sleeper():
+        def has_begun() -> bool:
+            pid = sleeper()
+            return bool(pid) and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep")
+
+        while not has_begun():
             time.sleep(0.01)
         procs.write_text(f"{sleeper()}\n{shell.pid}\n999999999\n")
         found, complete = tree.processes(where, tmp_path)
