@@ -42,9 +42,7 @@ class Config:
     canary: int = 0  # cgroup id of the canary that flies now; 0: none
 
     def pack(self) -> bytes:
-        return _CONFIG.pack(
-            self.slice, self.level, self.pidns, self.generation, 0, self.canary
-        )
+        return _CONFIG.pack(self.slice, self.level, self.pidns, self.generation, 0, self.canary)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Config:

@@ -124,7 +124,11 @@ def test_a_new_intermediate_does_not_restart_the_proxy(box: Container) -> None:
         publish(box, "reload.example\n")
         eventually(lambda: permitted(box) == ["reload.example"], what="the list is in force")
         assert box.show("aa-proxy.service", "MainPID") == pid
-        assert box.show("aa-proxy.service", "ActiveState") == {"ActiveState": "active"}
+        eventually(
+            lambda: box.show("aa-proxy.service", "ActiveState") == {"ActiveState": "active"},
+            what="the proxy is done with reloading",
+        )
+        assert box.show("aa-proxy.service", "MainPID") == pid
     finally:
         box.systemctl("stop", "aa-proxy.service", "aa-redirect.service", "aa-ebpf.service")
 
