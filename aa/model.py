@@ -40,6 +40,10 @@ class Kind(enum.StrEnum):
     GUARD = "guard"  # the state of the guard itself: reloads, repairs, gaps
 
 
+DECIDED = tuple(k for k in Kind if k not in (Kind.EXIT, Kind.RUN, Kind.GUARD))
+"""What a policy answers; the other kinds are only recorded."""
+
+
 class Effect(enum.StrEnum):
     ALLOW = "allow"
     DENY = "deny"

@@ -144,8 +144,11 @@ def read(path: Path, *, owners: Collection[int] | None = None, limit: int = SIZE
     return content
 
 
-def parse(content: bytes | str, *, file: str) -> Document:
-    """Parses TOML. Raises InvalidFile with the line of what is wrong."""
+def parse(content: bytes | str, *, file: str, any_number: bool = False) -> Document:
+    """Parses TOML. Raises InvalidFile with the line of what is wrong.
+
+    With `any_number`, NaN, infinities and integers above 64 bits are values like others.
+    """
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     try:
         text = raw.decode("utf-8")
@@ -166,7 +169,7 @@ def parse(content: bytes | str, *, file: str) -> Document:
         message = f"is nested more than {DEPTH_LIMIT} levels deep"
         raise InvalidFile([Problem(file, 1, "", message, "flatten it")])
     document = Document(file, data, hashlib.sha256(raw).hexdigest(), text)
-    odd = list(_odd_numbers(document))
+    odd = [] if any_number else list(_odd_numbers(document))
     if odd:
         raise InvalidFile(odd[:PROBLEM_LIMIT])
     return document

@@ -122,11 +122,24 @@ def read_backwards(path: Path, *, block: int = 65536) -> Iterator[Record]:
                 end = start
 
 
+def read_forwards(path: Path) -> Iterator[Record | None]:
+    """Records from the oldest to the newest, across rotated files; None for a line that is none."""
+    for file in reversed(history(path)):
+        with open(file, "rb") as f:
+            for line in f:
+                yield _record(line)
+
+
 def _parsed(lines: list[bytes]) -> Iterator[Record]:
     for line in reversed(lines):
-        try:
-            record = json.loads(line) if line else None
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("seq"), int):
+        record = _record(line) if line else None
+        if record is not None:
             yield record
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("seq"), int) else None

@@ -12,15 +12,14 @@ from typing import Any
 
 import click
 
+from aa.cli import trials
 from aa.cli.errors import NOT_PERMITTED, NOT_RUNNING, Failure, control
 from aa.cli.output import cell, console, json_option, print_json, print_table
-from aa.model import Action, Kind, Layer, Run
+from aa.model import DECIDED, Action, Kind, Layer, Run
 from aa.paths import POLICY_DIR, TEMPLATES_DIR
 
 CHOSEN = "50-template.toml"
 """The file in policy.d that `use` writes."""
-DECIDED = tuple(k for k in Kind if k not in (Kind.EXIT, Kind.RUN, Kind.GUARD))
-"""What a policy answers; the other kinds are only recorded."""
 
 
 @click.group()
@@ -291,3 +290,8 @@ def _replace(path: Path, content: bytes) -> None:
         except BaseException:
             os.unlink(f.name)
             raise
+
+
+policy.add_command(trials.test)
+policy.add_command(trials.diff)
+policy.add_command(trials.learn)

@@ -456,6 +456,8 @@ class Gateway:
             run=run.id,
             argv=list(run.argv),
             directory=run.directory,
+            home=run.home,
+            tags=list(run.tags),
             layers=sorted(layer.value for layer in run.layers),
             caller_uid=run.caller_uid,
         )

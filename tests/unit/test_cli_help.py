@@ -19,6 +19,7 @@ TEXTS = [
     *sorted(TOP.glob("etc/**/README")),
 ]
 LISTINGS = ("runs list", "runs show", "policy check", "policy show", "policy explain",
+            "policy test", "policy diff", "policy learn",
             "audit tail", "status", "why", "limits show", "runs tree", "proxy status", "ca show")  # fmt: skip
 SHELL = {"|", "||", "&&", ";", "<", ">"}
 

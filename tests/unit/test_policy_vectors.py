@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import tomllib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from aa.model import Action, Decision, Run
-from aa.policy import Policy, loads
+from aa.policy import Policy
+from aa.policy.vectors import Case, Vectors, run, vectors
+from aa.tomlfile import InvalidFile
 
-VECTORS = Path(__file__).parents[1] / "vectors/policy"
-FILES = sorted(VECTORS.glob("*.toml"))
+FOLDER = Path(__file__).parents[1] / "vectors/policy"
+FILES = [vectors(path.read_bytes(), file=path.name) for path in sorted(FOLDER.glob("*.toml"))]
 SILENT = {
     "p/lifts",
     "p/addresses",
@@ -26,79 +25,68 @@ SILENT = {
 }
 """Rules that a vector is about though another rule, or the default, is what decides."""
 
-
-@functools.cache
-def vectors(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text())
+CASES = [(v, case) for v in FILES for case in v.cases]
 
 
-@functools.cache
-def policy(path: Path) -> Policy:
-    return loads(vectors(path)["files"])
+def policy(v: Vectors) -> Policy:
+    assert v.policy is not None
+    return v.policy
 
 
-CASES = [(path, case) for path in FILES for case in vectors(path)["case"]]
-
-
-def run_of(case: dict[str, Any]) -> Run:
-    given = case.get("run", {})
-    return Run(
-        id="r",
-        agent=given.get("agent", "agent"),
-        user=given.get("user", "dev"),
-        uid=1000,
-        tags=tuple(given.get("tags", ())),
-        home=given.get("home", "/home/dev"),
-        directory=given.get("directory", "/home/dev/work"),
-    )
-
-
-def wrong(decision: Decision, expect: dict[str, Any]) -> dict[str, Any]:
-    """What of an expectation the decision does not fulfil."""
-    found = {
-        "effect": decision.effect.value,
-        "rule": decision.rule,
-        "mode": decision.mode.value,
-        "would": decision.would.value if decision.would else None,
-    }
-    wanted = {"mode": "enforce", "would": None, **expect}
-    differ = {key: found[key] for key in found if found[key] != wanted[key]}
-    if expect.get("reason", "") not in decision.reason:
-        differ["reason"] = decision.reason
-    return differ
-
-
-@pytest.mark.parametrize(
-    ("path", "case"), CASES, ids=[f"{path.stem}: {case['name']}" for path, case in CASES]
-)
-def test_decides_as_the_vector_says(path: Path, case: dict[str, Any]) -> None:
-    action = Action.from_json(case["action"])
-    p, run = policy(path), run_of(case)
-    decision = p.decide(run, action, now=0.0)
-    assert wrong(decision, case["expect"]) == {}
-    assert p.explain(run, action, now=0.0).decision == decision
-    assert decision.policy == p.revision
+@pytest.mark.parametrize(("v", "case"), CASES, ids=[f"{v.file}: {c.name}" for v, c in CASES])
+def test_decides_as_the_vector_says(v: Vectors, case: Case) -> None:
+    (outcome,) = run(replace(v, cases=(case,)), policy(v))
+    assert outcome.differences == {}
+    explained = policy(v).explain(case.run, case.action, now=case.now)
+    assert explained.decision == outcome.decision
+    assert outcome.decision.policy == policy(v).revision
 
 
 def test_a_wrong_answer_would_be_noticed() -> None:
-    path, case = CASES[0]
-    decision = policy(path).decide(run_of(case), Action.from_json(case["action"]), now=0.0)
-    assert wrong(decision, {**case["expect"], "effect": "deny"}).keys() == {"effect"}
-    assert wrong(decision, {**case["expect"], "reason": "not there"}).keys() == {"reason"}
-    assert wrong(decision, {**case["expect"], "would": "deny"}).keys() == {"would"}
-
-
-def test_names_of_cases_are_unique_and_expectations_complete() -> None:
-    for path in FILES:
-        cases = vectors(path)["case"]
-        assert len({case["name"] for case in cases}) == len(cases)
-        for case in cases:
-            assert case["expect"].keys() >= {"effect", "rule"}
-            assert case.keys() <= {"name", "run", "action", "expect"}
+    v, case = CASES[0]
+    for key, wrong in (("effect", "deny"), ("reason", "not there"), ("would", "deny")):
+        other = replace(case, expect={**case.expect, key: wrong})
+        (outcome,) = run(replace(v, cases=(other,)), policy(v))
+        assert outcome.differences.keys() == {key} and not outcome.passed
 
 
 def test_every_rule_of_the_vectors_decides_somewhere() -> None:
-    for path in FILES:
-        deciding = {case["expect"]["rule"] for case in vectors(path)["case"]}
-        unused = {rule.ref for rule in policy(path).rules} - deciding
+    for v in FILES:
+        deciding = {case.expect["rule"] for case in v.cases}
+        unused = {rule.ref for rule in policy(v).rules} - deciding
         assert unused <= SILENT
+
+
+CASE = """
+[[case]]
+name = "one"
+action = { kind = "dns.query", target = "a.example" }
+expect = { effect = "deny", rule = "<no-policy>" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("", ""),
+        (CASE + CASE, "case[1].name"),
+        (CASE.replace("dns.query", "dns"), "case[0].action"),
+        (CASE.replace("expect", "expected"), "case[0].expected"),
+        (CASE.replace(', rule = "<no-policy>"', ""), "case[0].expect"),
+        (CASE + 'now = "2024-05-06T10:00:00"\n', "case[0].now"),
+        (CASE + 'now = "noon"\n', "case[0].now"),
+        ('[files]\n"p.toml" = "nonsense"\n' + CASE, ""),
+    ],
+)
+def test_a_file_that_is_not_one_of_vectors_is_refused_by_key(text: str, key: str) -> None:
+    with pytest.raises(InvalidFile) as raised:
+        vectors(text, file="v.toml")
+    assert any(p.key == key and p.file.startswith("v.toml") for p in raised.value.problems)
+
+
+def test_a_case_has_the_run_and_the_moment_that_it_names() -> None:
+    written = CASE + 'now = "2024-05-06T10:00:00+02:00"\nrun = { agent = "a", tags = ["t"] }\n'
+    (case,) = vectors(written, file="v.toml").cases
+    assert case.now == 1714982400.0
+    assert (case.run.agent, case.run.tags, case.run.user) == ("a", ("t",), "dev")
+    assert case.run.directory == "/home/dev/work"
