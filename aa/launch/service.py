@@ -383,9 +383,10 @@ class Launcher:
             return
         what = EXIT_STATUS.get(state.exit_code or 0, "")
         told = f": {what}" if what else ""
+        ended = f"status {state.exit_code}" if state.signal is None else f"signal {state.signal}"
         raise NotStarted(
             "launch",
-            f"systemd could not make the sandbox (status {state.exit_code}{told}); "
+            f"systemd could not make the sandbox ({state.result}, {ended}{told}); "
             f"see `journalctl -u {live.unit}`",
         )
 

@@ -111,10 +111,12 @@ class UnitState:
     cgroup: str = ""  # below the cgroup2 root, without a leading slash
     exit_code: int | None = None
     signal: int | None = None
+    begun: bool = True
+    """False while its start waits for its turn: such a unit is inactive, and not over."""
 
     @property
     def over(self) -> bool:
-        return self.active in ("inactive", "failed")
+        return self.begun and self.active in ("inactive", "failed")
 
 
 def marshalled(properties: Properties) -> list[tuple[int, Any]]:
@@ -160,7 +162,9 @@ class Systemd:
 
         if of(UNIT, b"LoadState", b"s") != b"loaded":
             return UnitState(False, "inactive")
-        # Before the rest: what is over has its status, what has none may be over a moment later.
+        # In this order: what has not begun is inactive too, and what has may be over a moment
+        # later; what is over has its status.
+        begun = of(UNIT, b"InactiveExitTimestampMonotonic", b"t") > 0
         active = of(UNIT, b"ActiveState", b"s").decode()
         code = of(SERVICE, b"ExecMainCode", b"i")
         status = of(SERVICE, b"ExecMainStatus", b"i")
@@ -172,6 +176,7 @@ class Systemd:
             cgroup=of(SERVICE, b"ControlGroup", b"s").decode().removeprefix("/"),
             exit_code=status if code == EXITED else None,
             signal=status if code in (KILLED, DUMPED) else None,
+            begun=begun,
         )
 
     def loaded(self, pattern: str) -> list[str]:
