@@ -56,6 +56,8 @@ class Gateway:
     max_runs: int = 256
     max_runs_per_user: int = 64  # started by one user who is not root
     decisions_per_second: int = 2000  # of one run
+    max_pending_approvals: int = 256
+    max_pending_approvals_per_run: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Proxy:
     max_connections: int = 1024
     max_connections_per_run: int = 256
     max_connections_per_user: int = 512
+    max_waiting: int = 128  # of these, for a person
+    max_waiting_per_run: int = 32
     explicit_users: tuple[str, ...] = ()
 
 

@@ -142,6 +142,7 @@ class Decision:
     In mode `observe` the effect is always `allow` and `would` says what `enforce`
     would have answered. `rule` is `FILE-ID/RULE-ID`, or a name in angle brackets
     for what no rule of a person decided (`<default>`, `<guard-list>`, `<no-policy>`).
+    `approval` is the id of what a person is asked, or was asked for this allow.
     """
 
     effect: Effect
@@ -151,6 +152,9 @@ class Decision:
     mode: Mode = Mode.ENFORCE
     would: Effect | None = None
     obligations: Sequence[Obligation] = ()
+    approval: str = ""
+    asked_by: Sequence[str] = ()
+    """Of an `ask`: every rule that asks, not only the one that is named. For the gateway alone."""
 
     @property
     def permits(self) -> bool:
@@ -166,6 +170,7 @@ class Decision:
             "mode": self.mode.value,
             "would": self.would.value if self.would else None,
             "obligations": [o.as_json() for o in self.obligations],
+            "approval": self.approval,
         }
 
     @classmethod
@@ -180,6 +185,7 @@ class Decision:
             mode=_enum(Mode, m, "mode"),
             would=None if would is None else _enum(Effect, m, "would"),
             obligations=tuple(Obligation.from_json(o) for o in m.get("obligations") or ()),
+            approval=_text(m, "approval", ""),
         )
 
 

@@ -72,7 +72,9 @@ def of_decision(
         policy=decision.policy,
         mode=decision.mode.value,
         would=decision.would.value if decision.would else "",
-        attributes=action.attributes,
+        attributes={**action.attributes, "approval": decision.approval}
+        if decision.approval
+        else action.attributes,
     )
 
 

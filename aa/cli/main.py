@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "runs": ("aa.cli.runs:runs", "List, show, pause and end runs."),
     "halt": ("aa.cli.halt:halt", "Stop everything: freeze all runs, and start none."),
     "why": ("aa.cli.why:why", "Say what was refused lately, and what to do about it."),
+    "approvals": ("aa.cli.approvals:approvals", "Answer what rules ask a person about."),
     "policy": ("aa.cli.policy:policy", "Check, show, explain, choose and reload the policy."),
     "limits": ("aa.cli.limits:limits", "Show how much of each limit is used."),
     "audit": ("aa.cli.audit:audit", "Read the audit log."),

@@ -19,6 +19,7 @@ from aa.audit.journal import Journal
 from aa.audit.log import AuditLog
 from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
 from aa.gateway import prices
+from aa.gateway.approvals import Approvals
 from aa.gateway.counters import Counters
 from aa.gateway.gateway import Gateway
 from aa.gateway.interfaces import control_service, enforce_service, run_service
@@ -112,7 +113,12 @@ def open_gateway() -> Gateway:
         raise CannotStart(str(e)) from e
     limits = PolicyLimits(Counters(paths.GATEWAY_STATE_DIR / "limits.sqlite"), prices.load)
     return Gateway(
-        config=config, policies=paths.POLICY_DIR, registry=registry, audit=audit, limits=limits
+        config=config,
+        policies=paths.POLICY_DIR,
+        registry=registry,
+        audit=audit,
+        limits=limits,
+        approvals=Approvals(paths.GATEWAY_STATE_DIR / "approvals.sqlite"),
     )
 
 
@@ -152,6 +158,7 @@ async def main(daemon: Daemon) -> None:
     chores = [
         asyncio.create_task(every(WATCH_SECONDS, gateway.source.reload_if_changed)),
         asyncio.create_task(every(SECOND, gateway.flush_over_budget)),
+        asyncio.create_task(every(SECOND, gateway.approvals.expire)),
         asyncio.create_task(every(TIDY_SECONDS, lambda: gateway.limits.tidy(time.time()))),
         asyncio.create_task(every(SECOND, lambda: daemon.status(gateway.status_line()))),
         asyncio.create_task(every(VANISHED_SECONDS, lambda: end_vanished(gateway, run_sockets))),

@@ -20,6 +20,15 @@ from aa.audit.log import AuditLog, AuditUnavailable
 from aa.audit.record import NOBODY, Record, Subject, timestamp
 from aa.config import Config
 from aa.gateway import prices
+from aa.gateway.approvals import (
+    Approval,
+    Approvals,
+    ApprovalsUnavailable,
+    Operator,
+    State,
+    TooManyPending,
+    question,
+)
 from aa.gateway.budget import Budgets
 from aa.gateway.counters import Counters
 from aa.gateway.limits import Limits
@@ -39,6 +48,7 @@ from aa.model import (
     RunState,
     deny,
 )
+from aa.policy import Policy
 from aa.tomlfile import InvalidFile, Problem
 
 DENIALS_KEPT = 50
@@ -53,6 +63,8 @@ GONE_SECONDS = 15.0
 USER_RUN_PREFIX = "user/"
 USED = (Kind.NET_CONNECT, Kind.LLM_REQUEST)
 """Kinds whose reports tell what a run used."""
+NOT_ASKED = (Kind.DNS_QUERY,)
+"""Kinds for which an `ask` has no approval of its own: the connection that follows is asked about."""
 BUDGETED = (RecordType.OBSERVED,)
 """Reports that are counted instead of kept while their run is over its audit budget. Refusals are
 counted by who makes them."""
@@ -118,6 +130,7 @@ class Gateway:
         registry: RunRegistry,
         audit: AuditLog,
         limits: Limits | None = None,
+        approvals: Approvals | None = None,
     ) -> None:
         self.config = config
         self.registry = registry
@@ -137,15 +150,25 @@ class Gateway:
         """Since when a run's cgroup is gone, on the monotonic clock."""
         self.on_status: Callable[[], None] = lambda: None
         self._recall_denials()
+        self.approvals = approvals or Approvals(Path(":memory:"))
+        self.approvals.watch(self._approval_changed)
+        self.approvals.withdraw_all_but(lambda run: self.run_for(run) is not None)
 
     # -- decisions
 
     def decide(
-        self, run_id: str, layer: Layer, action: Action, *, provisional: bool = False
+        self,
+        run_id: str,
+        layer: Layer,
+        action: Action,
+        *,
+        provisional: bool = False,
+        approval: str = "",
     ) -> Decision:
         """Decides and records. Every failure on the way is a denial.
 
-        With `provisional` an allow leaves no record: the caller asks again.
+        With `provisional` an allow leaves no record, and nobody is asked: the caller decides again.
+        `approval` is the one that an earlier step of the same action had.
         """
         run = self.run_for(run_id)
         if run is None:
@@ -156,30 +179,70 @@ class Gateway:
             return refused
         try:
             halt = self.registry.halt
-            decision = self._evaluate(run, action) if halt is None else self._halted(halt)
+            if halt is None:
+                decision = self._evaluate(run, layer, action, provisional, approval)
+            else:
+                decision = self._halted(halt)
         except Exception as e:  # whatever goes wrong inside the engine, the answer is deny
             log.exception("deciding %s %r", action.kind, action.target)
             decision = deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
-        if provisional and decision.permits:
+        if provisional and decision.effect is not Effect.DENY:
             return decision
         return self._record_decision(Subject.of(run), layer, action, decision)
 
-    def _evaluate(self, run: Run, action: Action) -> Decision:
+    def _evaluate(
+        self, run: Run, layer: Layer, action: Action, provisional: bool, approval: str
+    ) -> Decision:
         policy = self.source.policy
         if policy is None:
             return deny(NO_POLICY_REASON, rule="<no-policy>")
         now = time.time()
         decision = policy.decide(run, action, now=now)
-        if limits := policy.limits(run):
+        limits = policy.limits(run)
+        if limits:
             decision = self.limits.judge(limits, run, action, decision, now)
-        if decision.effect is Effect.ASK:
-            return replace(
-                decision,
-                effect=Effect.DENY,
-                reason=f"{decision.reason}; it needs a person's approval, and this version has "
-                "no approvals yet, so it is denied",
-            )
+        if decision.effect is Effect.ASK and action.kind not in NOT_ASKED:
+            decision = self._asked(policy, run, layer, action, decision, provisional, approval)
+            if limits and decision.permits:
+                decision = self.limits.judge(limits, run, action, decision, now)
         return decision
+
+    def _asked(
+        self,
+        policy: Policy,
+        run: Run,
+        layer: Layer,
+        action: Action,
+        decision: Decision,
+        provisional: bool,
+        continues: str,
+    ) -> Decision:
+        """What becomes of an `ask`: a person said yes or no already, or is asked."""
+        now = time.time()
+        asked = question(run.id, action, decision, lambda less: policy.decide(run, less, now=now))
+        try:
+            found = self.approvals.find(run.id, asked, continues)
+            if provisional and (found is None or found.state is State.PENDING):
+                return decision
+            if found is None:
+                found = self.approvals.ask(
+                    run,
+                    layer,
+                    action,
+                    asked,
+                    decision,
+                    self.approvals.terms(policy, asked.rules),
+                    per_run=self.config.gateway.max_pending_approvals_per_run,
+                    in_all=self.config.gateway.max_pending_approvals,
+                )
+            elif not provisional:
+                found = self.approvals.use(found)
+        except TooManyPending as e:
+            reason = f"{decision.reason}; but {e}, so it is denied"
+            return replace(decision, effect=Effect.DENY, rule=f"<limit:{e.limit}>", reason=reason)
+        except ApprovalsUnavailable as e:
+            return replace(decision, effect=Effect.DENY, rule="<approvals>", reason=str(e))
+        return _answered(decision, found)
 
     def _halted(self, halt: Halt) -> Decision:
         return deny(
@@ -191,17 +254,19 @@ class Gateway:
     def _record_decision(
         self, subject: Subject, layer: Layer, action: Action, decision: Decision
     ) -> Decision:
-        """The record comes before the answer; without a record nothing is allowed."""
+        """The record comes before the answer; without a record nothing is allowed or asked."""
         self.decisions += 1
         record = audit_record.of_decision(subject, layer, action, decision, time.time_ns())
         try:
             size = self.audit.write(record)
         except AuditUnavailable as e:
             self.denied += 1
+            if decision.effect is Effect.ASK and decision.approval:
+                self._withdraw(decision.approval)
             return deny(f"{e}, so nothing is allowed", rule="<audit>", policy=decision.policy)
         if subject.uid >= 0:
             self.budgets.recorded(subject.run, size)
-        if decision.effect is not Effect.ALLOW:
+        if decision.effect is Effect.DENY:
             self.denied += 1
             self._remember_denial(record)
         return decision
@@ -281,6 +346,75 @@ class Gateway:
                 rule=f"<limit:{limit}>",
                 reason=reason,
                 count=count,
+            )
+        )
+
+    # -- approvals
+
+    async def wait_approval(self, run_id: str, approval_id: str, seconds: float) -> Decision:
+        """What a person said, decided again with the policy of now; an `ask` while nobody has said
+        anything within `seconds`. Raises `ApprovalUnknown`."""
+        found = await self.approvals.wait(approval_id, run_id, seconds)
+        waiting = Decision(Effect.ASK, found.reason, found.rules[0], found.policy)
+        if found.state is State.PENDING:
+            return _answered(waiting, found)
+        if found.state in (State.APPROVED, State.USED):
+            return self.decide(run_id, found.layer, found.action)
+        run = self.run_for(run_id)
+        refused = self.over_budget(run) if run is not None else None
+        if refused is not None:
+            return refused
+        subject = Subject.of(run) if run is not None else Subject(run_id)
+        return self._record_decision(subject, found.layer, found.action, _answered(waiting, found))
+
+    def answer(self, approval_id: str, operator: Operator, *, yes: bool, note: str) -> Approval:
+        """An operator's word. It is recorded before it counts.
+
+        Raises `ApprovalUnknown`, `NotPending`, `NotAllowed`, `AuditUnavailable` or
+        `ApprovalsUnavailable`.
+        """
+        approval = self.approvals.answerable(approval_id, operator)
+        said = "approved" if yes else "denied"
+        because = f": {note}" if note else ""
+        self._write_approval(
+            approval, f"{said} by {operator.name}{because}", by_uid=operator.uid, by=operator.name
+        )
+        return self.approvals.answer(approval, operator, yes=yes, note=note)
+
+    def _withdraw(self, approval_id: str) -> None:
+        """Takes back a question that has no record."""
+        found = self.approvals.get(approval_id)
+        if found is not None and found.state is State.PENDING:
+            self.approvals.withdraw(found)
+
+    def _approval_changed(self, approval: Approval) -> None:
+        """The end of one that nobody ended; what an operator says is recorded before it counts."""
+        match approval.state:
+            case State.EXPIRED if approval.decided_by:
+                what = f"what {approval.decided_by} approved was not used in time"
+            case State.EXPIRED:
+                what = "nobody answered in time"
+            case State.WITHDRAWN:
+                what = "withdrawn"
+            case _:
+                return
+        try:
+            self._write_approval(approval, what)
+        except AuditUnavailable as e:
+            log.error("%s: approval %s: %s", e, approval.id, what)
+
+    def _write_approval(self, approval: Approval, reason: str, **more: Any) -> None:
+        self.write_report(
+            Report(
+                type=RecordType.LIFECYCLE,
+                layer=Layer.GATEWAY,
+                kind=approval.action.kind,
+                target=approval.action.target,
+                time=time.time_ns(),
+                run=approval.run,
+                rule=approval.rules[0],
+                reason=reason,
+                attributes={"approval": approval.id, "digest": approval.digest, **more},
             )
         )
 
@@ -478,6 +612,7 @@ class Gateway:
         was_running = run.state is RunState.RUNNING
         ended = self.registry.end(run, exit_code=exit_code, signal=signal)
         self._denials.pop(run_id, None)
+        self.approvals.withdraw_all_but(lambda run: run != run_id)
         self._tell(ended)
         how = f"signal {signal}" if signal else f"exit code {exit_code}"
         told = "ended" if was_running else "never started"
@@ -597,6 +732,8 @@ class Gateway:
         policy = self.source.policy
         if policy is not None and any(file.limits for file in policy.files):
             found += self.limits.problems()
+        if self.approvals.problem:
+            found.append(self.approvals.problem)
         return found + self.audit.problems
 
     def status_line(self) -> str:
@@ -633,6 +770,36 @@ class Gateway:
                 files=[str(f) for f in source.policy.files] if source.policy else [],
             )
         self.on_status()
+
+
+def _answered(decision: Decision, approval: Approval) -> Decision:
+    """An `ask` with what became of its approval."""
+    match approval.state:
+        case State.PENDING:
+            until = time.strftime("%H:%M:%S UTC", time.gmtime(approval.expires))
+            effect = Effect.ASK
+            told = f"approval {approval.id} waits for {approval.whom} until {until}"
+        case State.APPROVED | State.USED:
+            effect = Effect.ALLOW
+            told = f"approved by {approval.decided_by}"
+            told += ", for the rest of the run" if approval.remember else ""
+        case State.DENIED:
+            effect = Effect.DENY
+            because = f": {approval.note}" if approval.note else ""
+            told = f"denied by {approval.decided_by}{because}"
+        case State.EXPIRED if approval.decided_by:
+            effect = Effect.DENY
+            told = f"what {approval.decided_by} approved was not used in time"
+        case State.EXPIRED:
+            effect = Effect.DENY
+            asked = approval.expires - approval.created
+            told = f"nobody answered within {asked:g} s (approval {approval.id})"
+        case State.WITHDRAWN:
+            effect = Effect.DENY
+            told = f"approval {approval.id} is withdrawn"
+    return replace(
+        decision, effect=effect, reason=f"{decision.reason}; {told}", approval=approval.id
+    )
 
 
 def denial_json(record: Record) -> dict[str, Any]:

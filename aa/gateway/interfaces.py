@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import grp
 import os
+import pwd
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,7 +16,16 @@ from aa import __version__
 from aa.audit.file import read_backwards
 from aa.audit.log import AuditUnavailable, matches, newest
 from aa.audit.record import Record
+from aa.gateway.approvals import (
+    Approval,
+    ApprovalsUnavailable,
+    ApprovalUnknown,
+    NotAllowed,
+    NotPending,
+    Operator,
+)
 from aa.gateway.gateway import (
+    NO_POLICY_REASON,
     Gateway,
     LayerNotReady,
     RunUnknown,
@@ -30,6 +41,7 @@ from aa.model import (
     RecordType,
     Report,
     Run,
+    deny,
 )
 from aa.tomlfile import Problem
 from aa.varlink import Call, Service, VarlinkError
@@ -40,6 +52,10 @@ MAX_FOLLOWERS = 32
 MAX_BEHIND = 10_000
 """Records or runs that a follower may be behind before it is told so and ended."""
 MAX_BARRIER_SECONDS = 120.0
+MAX_WAIT_SECONDS = 3600.0
+"""Of one call that waits for a person; who waits longer calls again."""
+OPERATOR_SECONDS = 5.0
+"""How long looking up an operator's groups may take."""
 MAX_LINES = 10_000
 MAX_RUN_VALUES = 4096
 """Arguments of a run that are kept; a longer command line is refused."""
@@ -65,6 +81,14 @@ def _typed_errors(interface: str, function: Callable[..., Any]) -> Method:
             case MalformedValue():
                 kind = "MalformedReport" if str(e).startswith("report") else "MalformedAction"
                 return VarlinkError(f"{interface}.{kind}", {"reason": str(e)})
+            case ApprovalUnknown():
+                return VarlinkError(f"{interface}.ApprovalUnknown", {"reason": str(e)})
+            case NotPending():
+                return VarlinkError(f"{interface}.ApprovalNotPending", {"reason": str(e)})
+            case NotAllowed():
+                return VarlinkError(f"{interface}.NotPermitted", {"reason": str(e)})
+            case ApprovalsUnavailable():
+                return VarlinkError(f"{interface}.ApprovalsUnavailable", {"reason": str(e)})
             case AuditUnavailable():
                 return VarlinkError("io.agentassembly.AuditUnavailable", {"reason": str(e)})
         raise e
@@ -108,6 +132,11 @@ def run_service(gateway: Gateway, run_id: str) -> Service:
         action = Action.from_json(call.parameters["action"])
         return {"decision": gateway.decide(run_id, Layer.SDK, action).as_json()}
 
+    async def wait_approval(call: Call) -> Reply:
+        p = call.parameters
+        decision = await gateway.wait_approval(run_id, p["approval"], _wait(p["deadline"]))
+        return {"decision": decision.as_json()}
+
     def report(call: Call) -> Reply:
         action = Action.from_json(call.parameters["action"])
         refused = gateway.over_budget(live())
@@ -144,7 +173,12 @@ def run_service(gateway: Gateway, run_id: str) -> Service:
     return _service(
         "aa-gateway",
         "io.agentassembly.Gateway",
-        {"Decide": decide, "Report": report, "GetInfo": get_info},
+        {
+            "Decide": decide,
+            "WaitApproval": wait_approval,
+            "Report": report,
+            "GetInfo": get_info,
+        },
     )
 
 
@@ -160,7 +194,18 @@ def enforce_service(
         p = call.parameters
         action = Action.from_json(p["action"])
         layer = _layer(p["layer"])
-        decision = gateway.decide(p["run"], layer, action, provisional=p.get("provisional") is True)
+        decision = gateway.decide(
+            p["run"],
+            layer,
+            action,
+            provisional=p.get("provisional") is True,
+            approval=p.get("approval") or "",
+        )
+        return {"decision": decision.as_json()}
+
+    async def wait_approval(call: Call) -> Reply:
+        p = call.parameters
+        decision = await gateway.wait_approval(p["run"], p["approval"], _wait(p["deadline"]))
         return {"decision": decision.as_json()}
 
     def report(call: Call) -> Reply:
@@ -255,6 +300,7 @@ def enforce_service(
         "io.agentassembly.Enforce",
         {
             "Decide": decide,
+            "WaitApproval": wait_approval,
             "Report": report,
             "SetStatus": set_status,
             "GetSandbox": get_sandbox,
@@ -281,7 +327,11 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "policy": source.revision,
             "policy_state": source.state,
             "problems": [p.as_json() for p in (*source.problems, *gateway.config_problems)]
-            + [Problem("", 0, "", text, "").as_json() for text in gateway.audit.problems],
+            + [
+                Problem("", 0, "", text, "").as_json()
+                for text in (*gateway.audit.problems, gateway.approvals.problem)
+                if text
+            ],
             "components": [
                 {
                     "name": c.name,
@@ -330,7 +380,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
         )
         policy = gateway.source.policy
         if policy is None:
-            decision = gateway._evaluate(Run("", "", "", -1), action)
+            decision = deny(NO_POLICY_REASON, rule="<no-policy>")
             return {"decision": decision.as_json(), "steps": []}
         run = _explained_run(gateway, p)
         explanation = policy.explain(run, action, now=time.time())
@@ -355,17 +405,43 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "problems": gateway.limits.problems() if limits else [],
         }
 
+    def list_approvals(call: Call) -> Reply:
+        found = gateway.approvals.listed(closed=call.parameters["closed"])
+        return {"approvals": [a.summary() for a in found]}
+
+    def get_approval(call: Call) -> Reply:
+        found = gateway.approvals.get(call.parameters["id"])
+        if found is None:
+            raise ApprovalUnknown(f"no approval {call.parameters['id']}")
+        return {"approval": found.as_json()}
+
+    async def answer(call: Call, yes: bool) -> Reply:
+        p = call.parameters
+        async with asyncio.timeout(OPERATOR_SECONDS):  # a user database may be slow
+            operator = await asyncio.to_thread(operator_of, call.peer.uid)
+        return {"approval": gateway.answer(p["id"], operator, yes=yes, note=p["note"]).as_json()}
+
+    async def watch_approvals(call: Call) -> AsyncIterator[Reply]:
+        changes: asyncio.Queue[Approval] = asyncio.Queue()
+        token = _follow(followers)
+        unwatch = gateway.approvals.watch(changes.put_nowait)
+        try:
+            for approval in reversed(gateway.approvals.pending()):
+                yield {"approval": approval.as_json()}
+            while call.more:
+                approval = await changes.get()
+                if changes.qsize() > MAX_BEHIND:
+                    return
+                yield {"approval": approval.as_json()}
+        finally:
+            unwatch()
+            followers.discard(token)
+
     async def tail(call: Call) -> AsyncIterator[Reply]:
         p = call.parameters
         fields: dict[str, str] = p["fields"]
         behind: asyncio.Queue[Record] = asyncio.Queue()
-        if len(followers) >= MAX_FOLLOWERS:
-            raise VarlinkError(
-                "io.agentassembly.Control.TooManyFollowers",
-                {"reason": f"{MAX_FOLLOWERS} follow already", "limit": "MAX_FOLLOWERS"},
-            )
-        token = object()
-        followers.add(token)
+        token = _follow(followers)
         unfollow = gateway.audit.follow(behind.put_nowait) if p["follow"] else lambda: None
         try:
             lines = min(max(0, p["lines"]), MAX_LINES)
@@ -393,9 +469,45 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "ExplainPolicy": explain,
             "ReloadPolicy": reload,
             "ShowLimits": show_limits,
+            "ListApprovals": list_approvals,
+            "GetApproval": get_approval,
+            "Approve": lambda call: answer(call, True),
+            "Deny": lambda call: answer(call, False),
+            "WatchApprovals": watch_approvals,
             "TailAudit": tail,
         },
     )
+
+
+def operator_of(uid: int) -> Operator:
+    """The user behind a uid, with the groups that the user database gives them. Blocks."""
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return Operator(uid, f"uid {uid}")
+    groups = set()
+    for gid in os.getgrouplist(user.pw_name, user.pw_gid):
+        try:
+            groups.add(grp.getgrgid(gid).gr_name)
+        except KeyError:
+            continue
+    return Operator(uid, user.pw_name, frozenset(groups))
+
+
+def _follow(followers: set[object]) -> object:
+    """A place among those who follow; the caller gives it back."""
+    if len(followers) >= MAX_FOLLOWERS:
+        raise VarlinkError(
+            "io.agentassembly.Control.TooManyFollowers",
+            {"reason": f"{MAX_FOLLOWERS} follow already", "limit": "MAX_FOLLOWERS"},
+        )
+    token = object()
+    followers.add(token)
+    return token
+
+
+def _wait(milliseconds: int) -> float:
+    return min(max(0, milliseconds) / 1000, MAX_WAIT_SECONDS)
 
 
 def _refuse_all_but_root(call: Call) -> None:

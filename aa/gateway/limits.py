@@ -85,7 +85,7 @@ class Limits:
     def judge(
         self, limits: tuple[Limit, ...], run: Run, action: Action, decision: Decision, now: float
     ) -> Decision:
-        """The decision, or a denial in its place. A call that goes on is counted."""
+        """The decision, or a denial in its place. A call that is allowed is counted."""
         if decision.effect is Effect.DENY:
             return decision
         about = [limit for limit in limits if self._is_about(limit, action)]
@@ -99,7 +99,7 @@ class Limits:
                     decision, effect=Effect.DENY, rule=limit.ref, reason=reason, obligations=()
                 )
         for limit in about:
-            if limit.measure is Measure.CALLS_PER_MINUTE:
+            if limit.measure is Measure.CALLS_PER_MINUTE and decision.permits:
                 self._add(limit, run, 1, now)
         return decision
 

@@ -75,6 +75,8 @@ class Verdict(NamedTuple):
     rule: Rule | str
     place: Place | None = None
     words: str = ""
+    asks: tuple[Rule | str, ...] = ()
+    """Of an ask: all rules that ask, so that an approval for one is not taken for another."""
 
 
 Pair = tuple[Rule, Match]
@@ -227,6 +229,7 @@ class Policy:
             self.revision,
             Mode.ENFORCE,
             would.effect if would is not None else None,
+            asked_by=tuple(dict.fromkeys(_name(rule) for rule in verdict.asks)),
         )
 
     def _weigher(
@@ -277,12 +280,14 @@ class Policy:
         def weigh(files: int, defaults: Mapping[Section, str]) -> Verdict:
             default = defaults[Section.NETWORK]
             worst: Verdict | None = None
+            asks: tuple[Rule | str, ...] = ()
             for q, pairs in asked:
                 verdict = weigh_network(q, pairs, files, default)
+                asks += verdict.asks
                 if worst is None or _EFFECT_RANK[verdict.effect] < _EFFECT_RANK[worst.effect]:
                     worst = verdict
             assert worst is not None
-            return worst
+            return worst._replace(asks=asks) if worst.effect is Effect.ASK else worst
 
         return weigh
 
@@ -352,7 +357,7 @@ class Policy:
 
 def weigh_rules(pairs: Sequence[Pair], files: int, default: str) -> Verdict:
     """Deny over ask over allow over the default."""
-    ask: Rule | None = None
+    asks: tuple[Rule, ...] = ()
     allow: Rule | None = None
     for rule, _ in pairs:
         if not rule.bit & files:
@@ -360,12 +365,13 @@ def weigh_rules(pairs: Sequence[Pair], files: int, default: str) -> Verdict:
         if rule.effect is Effect.DENY:
             return Verdict(Effect.DENY, rule)
         if rule.effect is Effect.ASK:
-            ask = ask or rule
+            asks += (rule,)
         else:
             allow = allow or rule
-    chosen = ask or allow
-    if chosen is not None:
-        return Verdict(chosen.effect, chosen)
+    if asks:
+        return Verdict(Effect.ASK, asks[0], asks=asks)
+    if allow is not None:
+        return Verdict(Effect.ALLOW, allow)
     return Verdict(Effect(default), "<default>")
 
 
@@ -376,12 +382,15 @@ def weigh_network(q: NetworkQuestion, pairs: Sequence[Pair], files: int, default
     deny, ask, and lift the guard, but the name needs a rule that names it.
     """
     ask = allow = maybe_ask = maybe_allow = range_ask = None
+    asks: tuple[Rule, ...] = ()
     guarded = q.place is not None and bool(q.place.guard)
     for rule, match in pairs:
         if not rule.bit & files:
             continue
         if rule.effect is Effect.DENY:
             return Verdict(Effect.DENY, rule, q.place)
+        if rule.effect is Effect.ASK:
+            asks += (rule,)
         matcher = rule.network
         assert matcher is not None
         if guarded and q.place is not None and q.place.named_by(matcher.ranges):
@@ -406,7 +415,9 @@ def weigh_network(q: NetworkQuestion, pairs: Sequence[Pair], files: int, default
         return Verdict(Effect.DENY, "<guard-list>", q.place)
     if effect is Effect.ALLOW and range_ask is not None:
         chosen, effect = range_ask, Effect.ASK
-    return Verdict(effect, chosen or "<default>", q.place)
+    if effect is not Effect.ASK:
+        return Verdict(effect, chosen or "<default>", q.place)
+    return Verdict(effect, chosen or "<default>", q.place, asks=asks or ("<default>",))
 
 
 def weigh_dns(rules: Sequence[Rule], files: int, default: str) -> Verdict:

@@ -31,6 +31,11 @@ REFUSALS_KEPT = 1024
 """Different refusals that are counted at a time; further ones are reported one by one."""
 COUNTING_SECONDS = 1.0
 """Equal refusals within this time become one report with a count."""
+WAIT_SECONDS = 300.0
+"""Of one call that waits for a person; then it is made again."""
+AWAY_SECONDS = 30.0
+"""How long the gateway may be away while a person is waited for: a restart must not lose them."""
+AGAIN_SECONDS = 0.5
 
 
 class GatewayAway(Exception):
@@ -42,11 +47,18 @@ class GatewayAway(Exception):
 
 
 class Gateway:
-    """The one connection on which decisions are asked for. Calls overlap on it."""
+    """The one connection on which decisions are asked for. Calls overlap on it.
 
-    def __init__(self, *, socket: Path = ENFORCE_SOCKET, seconds: float = 5.0) -> None:
+    Waiting for a person takes a connection of its own, because calls are answered in order.
+    """
+
+    def __init__(
+        self, *, socket: Path = ENFORCE_SOCKET, seconds: float = 5.0, max_waiting: int = 128
+    ) -> None:
         self._socket = socket
         self._seconds = seconds
+        self.max_waiting = max_waiting
+        self.waiting = 0
         self._client: AsyncClient | None = None
         self._connecting = asyncio.Lock()
 
@@ -54,14 +66,22 @@ class Gateway:
         """For what is asked from now on."""
         self._seconds = seconds
 
-    async def decide(self, run: str, action: Action, *, provisional: bool = False) -> Decision:
-        """The gateway's decision. Raises `GatewayAway` within the deadline when there is none."""
+    async def decide(
+        self, run: str, action: Action, *, provisional: bool = False, approval: str = ""
+    ) -> Decision:
+        """The gateway's decision. Raises `GatewayAway` within the deadline when there is none.
+
+        `approval` is that of the decision on an earlier step of the same action: a name before its
+        addresses, a request before its body.
+        """
         parameters = {
             "run": run,
             "layer": Layer.PROXY.value,
             "action": action.as_json(),
             "provisional": provisional,
         }
+        if approval:
+            parameters["approval"] = approval
         try:
             async with asyncio.timeout(self._seconds):
                 reply = await self._call(f"{ENFORCE}.Decide", parameters)
@@ -73,6 +93,57 @@ class Gateway:
             raise _away(f"the gateway cannot be reached ({e})") from None
         except (VarlinkError, MalformedValue, TypeError, ValueError) as e:
             raise _away(f"the gateway gave no usable answer ({e})") from None
+
+    async def settle(self, run: str, action: Action, decision: Decision) -> Decision:
+        """The answer behind an `ask`, however long a person takes: an allow, recorded and decided
+        with the policy of then, or a denial. Any other decision is its own answer.
+
+        Whoever asked must give up by cancelling when its client is gone. Raises `GatewayAway`.
+        """
+        if decision.effect is not Effect.ASK:
+            return decision
+        if self.waiting >= self.max_waiting:
+            raise GatewayAway(
+                deny(
+                    f"{self.waiting} connections wait for a person already; raise "
+                    "proxy.max_waiting in agent-assembly.toml",
+                    rule="<limit:max_waiting>",
+                    policy=decision.policy,
+                )
+            )
+        self.waiting += 1
+        try:
+            while decision.effect is Effect.ASK:
+                if not decision.approval:
+                    why = f"{action.kind} {action.target} needs a person, and nobody can be asked"
+                    raise GatewayAway(deny(why, rule=decision.rule, policy=decision.policy))
+                decision = await self._wait(run, decision.approval)
+        finally:
+            self.waiting -= 1
+        return decision
+
+    async def _wait(self, run: str, approval: str) -> Decision:
+        """The answer to an approval, or the same `ask` after `WAIT_SECONDS`."""
+        loop = asyncio.get_running_loop()
+        parameters = {"run": run, "approval": approval, "deadline": int(WAIT_SECONDS * 1000)}
+        reached = loop.time()
+        while True:
+            client: AsyncClient | None = None
+            try:
+                client = await AsyncClient.connect(self._socket, timeout=self._seconds)
+                seconds = WAIT_SECONDS + self._seconds
+                reply = await client.call(f"{ENFORCE}.WaitApproval", parameters, timeout=seconds)
+                return Decision.from_json(reply.get("decision"))
+            except (OSError, ProtocolError) as e:
+                if loop.time() - reached > AWAY_SECONDS:
+                    raise _away(f"the gateway cannot be reached ({e})") from None
+            except (VarlinkError, MalformedValue, TypeError, ValueError) as e:
+                raise _away(f"the gateway gave no usable answer ({e})") from None
+            finally:
+                if client is not None:
+                    reached = loop.time()
+                    await client.close()
+            await asyncio.sleep(AGAIN_SECONDS)
 
     async def reach(self) -> None:
         """One round trip on the deciding connection. Raises `GatewayAway`."""

@@ -110,6 +110,8 @@ class Gateway:
         self.reports: list[dict[str, Any]] = []
         self.confirmed: list[dict[str, Any]] = []
         self.status: dict[str, Any] = {}
+        self.waits: list[dict[str, Any]] = []
+        self.answers: dict[str, Decision] = {}
         self._runs: dict[str, dict[str, Any]] = {}
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._path = path
@@ -141,6 +143,8 @@ class Gateway:
         self.asked.clear()
         self.reports.clear()
         self.confirmed.clear()
+        self.waits.clear()
+        self.answers.clear()
 
     def connects(self, *, final: bool | None = None) -> list[dict[str, Any]]:
         found = [a for a in self.asked if a["action"]["kind"] == "net.connect"]
@@ -171,6 +175,7 @@ class Gateway:
             "io.agentassembly.Enforce",
             {
                 "Decide": self._decide,
+                "WaitApproval": self._wait_approval,
                 "Report": self._report,
                 "SetStatus": self._set_status,
                 "ConfirmRun": self._confirm,
@@ -204,6 +209,14 @@ class Gateway:
         if asyncio.iscoroutine(answer):
             answer = await answer
         return {"decision": answer.as_json() if isinstance(answer, Decision) else answer}
+
+    async def _wait_approval(self, call: Call) -> Mapping[str, Any]:
+        """What the test puts into `answers`, once it does."""
+        p = call.parameters
+        self.waits.append(p)
+        while p["approval"] not in self.answers:
+            await asyncio.sleep(0.01)
+        return {"decision": self.answers[p["approval"]].as_json()}
 
     def _report(self, call: Call) -> Mapping[str, Any]:
         self.reports += call.parameters["reports"]

@@ -20,6 +20,7 @@ TEXTS = [
 ]
 LISTINGS = ("runs list", "runs show", "policy check", "policy show", "policy explain",
             "policy test", "policy diff", "policy learn",
+            "approvals list", "approvals show", "approvals watch",
             "audit tail", "status", "why", "limits show", "runs tree", "proxy status", "ca show")  # fmt: skip
 SHELL = {"|", "||", "&&", ";", "<", ">"}
 

@@ -172,12 +172,13 @@ def test_a_provisional_allow_leaves_no_record_and_a_denial_does(
     assert len(records()) == before + 1
 
 
-def test_an_ask_is_a_denial_while_there_are_no_approvals(gateway: Gateway) -> None:
+def test_an_ask_is_no_permission_and_is_recorded(gateway: Gateway, records: Any) -> None:
     run = start_run(gateway)
     assert gateway.decide(run.id, Layer.SDK, tool("search")).permits
     decision = gateway.decide(run.id, Layer.SDK, tool("transfer"))
-    assert (decision.effect, decision.rule) == (Effect.DENY, "test/transfer")
-    assert "approval" in decision.reason
+    assert (decision.effect, decision.rule) == (Effect.ASK, "test/transfer")
+    assert decision.approval and not decision.permits
+    assert records()[-1]["attributes"]["approval"] == decision.approval
 
 
 def test_with_no_policy_everything_is_denied_with_what_to_do(open_gateway: Open) -> None:

@@ -99,7 +99,8 @@ class FakeGateway:
     def open(self) -> None:
         offered = Service("fake", "0")
         nothing: dict[str, Any] = {
-            name: lambda call: {} for name in ("Decide", "Report", "SetStatus", "ConfirmRun")
+            name: lambda call: {}
+            for name in ("Decide", "WaitApproval", "Report", "SetStatus", "ConfirmRun")
         }
         offered.add(
             "io.agentassembly.Enforce",
