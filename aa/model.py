@@ -28,6 +28,7 @@ class Kind(enum.StrEnum):
     TOOL_CALL = "tool.call"  # the tool's name
     HTTP_REQUEST = "http.request"  # host:port
     NET_CONNECT = "net.connect"  # host:port, or address:port where there is no name
+    NET_ACCEPT = "net.accept"  # address of who connects:port that the run listens on
     DNS_QUERY = "dns.query"  # the name asked for
     EXEC = "exec"  # the program's path
     EXIT = "exit"  # the program's path; observed only
@@ -97,9 +98,7 @@ COMPONENTS: Mapping[Layer, tuple[str, ...]] = {
 class Action:
     """What an agent tries: a kind, a target, and whatever else is known of it.
 
-    Network attributes: `host` (canonical name, absent where there is none), `port` (int),
-    `addresses` (list of text; absent in the first of the two steps), `protocol`
-    (`tls`, `http`, `opaque`). Tool attributes: `args`.
+    What attributes a kind has, docs/policy.md says under "Actions".
     """
 
     kind: Kind

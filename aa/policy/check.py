@@ -9,7 +9,9 @@ from typing import Any
 from aa.model import Effect, Mode
 from aa.policy.address import Range, place
 from aa.policy.pattern import Depth
-from aa.policy.rules import NetworkMatcher, PolicyFile, Rule, Section, ToolMatcher
+from aa.policy.matchers import ToolMatcher
+from aa.policy.network import NetworkMatcher
+from aa.policy.rules import PolicyFile, Rule, Section
 
 Json = Any
 
@@ -63,10 +65,6 @@ def _about(severity: str, f: PolicyFile, rule: Rule, message: str, fix: str = ""
 
 
 def _of_rule(f: PolicyFile, rule: Rule) -> Iterator[Finding]:
-    if rule.effect is Effect.ASK:
-        yield _about(
-            "advice", f, rule, "there are no approvals in this version: what is asked is denied"
-        )
     if rule.network is not None and rule.effect is not Effect.DENY:
         yield from _openings(f, rule, rule.network)
     if rule.tool is not None and rule.effect is Effect.ALLOW and "*" in rule.tool.names:
@@ -177,6 +175,8 @@ def _applies_at_least(wide: PolicyFile, narrow: PolicyFile) -> bool:
 
 def _covers(wide: Rule, narrow: Rule) -> bool:
     """Whether the first rule matches whatever the second one does."""
+    if wide.when is not None and wide.when != narrow.when:
+        return False
     if wide.network is not None and narrow.network is not None:
         return _network_covers(wide.network, narrow.network)
     if wide.tool is not None and narrow.tool is not None:
@@ -185,6 +185,8 @@ def _covers(wide: Rule, narrow: Rule) -> bool:
 
 
 def _network_covers(wide: NetworkMatcher, narrow: NetworkMatcher) -> bool:
+    if wide.content or wide.inspects != narrow.inspects:
+        return False
     if wide.ports is not None and (narrow.ports is None or not narrow.ports <= wide.ports):
         return False
     if wide.protocol != "any" and wide.protocol != narrow.protocol:

@@ -6,50 +6,62 @@
 
 from __future__ import annotations
 
-import posixpath
-import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from aa.model import Action, Decision, Effect, Kind, Mode, Run
-from aa.policy.address import Place, place
+from aa.model import Action, Decision, Effect, Kind, Mode, Obligation, Run
+from aa.policy import obligations
 from aa.policy.check import Finding, findings
-from aa.policy.host import InvalidHost, canonical_host
+from aa.policy.host import InvalidHost
 from aa.policy.index import RuleIndex
 from aa.policy.limits import Limit
-from aa.policy.rules import (
-    DEFAULT_PORTS,
-    Match,
-    NetworkQuestion,
-    PolicyFile,
-    Rule,
-    Section,
-    ToolQuestion,
-    every_rule,
+from aa.policy.matchers import PathQuestion
+from aa.policy.network import Match, NetworkQuestion, Request
+from aa.policy.pathname import components
+from aa.policy.questions import (
+    Malformed,
+    asked_name,
+    exec_question,
+    file_questions,
+    inbound_question,
+    llm_question,
+    mcp_question,
+    network_questions,
+    request_of,
+    tool_question,
 )
+from aa.policy.rules import UNSTATED, PolicyFile, Rule, Section, every_rule
+from aa.policy.sandbox import Sandbox, merged
+from aa.policy.secret import Secret
+from aa.policy.weigh import (
+    Pair,
+    Side,
+    Verdict,
+    denies_whole_host,
+    weigh_connection,
+    weigh_file,
+    weigh_inbound,
+    weigh_name,
+    weigh_request,
+    weigh_rules,
+    worst,
+)
+from aa.policy.words import NO_POLICY, name_of, not_for, observed_reason, reason
 
 Json = Any
 
-ADDRESSES_LIMIT = 256
-"""Addresses of one name that are looked at; a name with more is denied."""
 VIEWS_LIMIT = 4096
 """Different kinds of runs whose applicable files are remembered."""
-SHOWN_TARGET = 200
-"""Characters of a target that a reason repeats."""
-
-NO_POLICY = (
-    "there is no policy, so everything is denied; an operator can choose one to begin with: "
-    "aasm policy use observe, aasm policy use coding-agent, or aasm policy use locked-down"
-)
 
 SECTIONS: Mapping[Kind, Section] = {
     Kind.NET_CONNECT: Section.NETWORK,
     Kind.HTTP_REQUEST: Section.NETWORK,
+    Kind.NET_ACCEPT: Section.INBOUND,
     Kind.DNS_QUERY: Section.DNS,
     Kind.TOOL_CALL: Section.TOOL,
     Kind.MCP_CALL: Section.MCP,
+    Kind.LLM_REQUEST: Section.LLM,
     Kind.EXEC: Section.EXEC,
     Kind.FILE_OPEN: Section.FILE,
     Kind.FILE_UNLINK: Section.FILE,
@@ -57,44 +69,26 @@ SECTIONS: Mapping[Kind, Section] = {
 }
 
 _STRICTNESS = ("deny", "ask", "sandbox", "allow")
-_EFFECT_RANK = {Effect.DENY: 0, Effect.ASK: 1, Effect.ALLOW: 2}
 
-
-class Malformed(ValueError):
-    """The action does not say what its kind needs, or says it in two ways."""
-
-    def __init__(self, message: str, rule: str = "<malformed-action>") -> None:
-        self.rule = rule
-        super().__init__(message)
-
-
-class Verdict(NamedTuple):
-    """What a set of rules makes of a question, before modes. `rule` is a Rule or a bracketed name."""
-
-    effect: Effect
-    rule: Rule | str
-    place: Place | None = None
-    words: str = ""
-    asks: tuple[Rule | str, ...] = ()
-    """Of an ask: all rules that ask, so that an approval for one is not taken for another."""
-
-
-Pair = tuple[Rule, Match]
-Weigh = Callable[[int, Mapping[Section, str]], Verdict]
-"""Weighs what matched, for a set of files and their defaults."""
+Weigh = Callable[[Side], Verdict]
+"""Weighs what matched, for a set of files."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The files that apply to one kind of run, as bits, with the strictest of their defaults."""
+    """The files that apply to one kind of run: those that enforce, and all together."""
 
     files: tuple[PolicyFile, ...]
-    enforced: int
-    observed: int
-    enforced_defaults: Mapping[Section, str]
-    all_defaults: Mapping[Section, str]
+    bits: int
+    enforced: Side
+    every: Side
+    observes: bool
+    """Whether one of the files only observes."""
     mode: Mode
     limits: tuple[Limit, ...]
+    secrets: tuple[Secret, ...]
+    models: bool
+    """Whether requests to models are to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +134,12 @@ class Policy:
         self._index = RuleIndex(self.rules)
         self._views: dict[tuple[str, str, tuple[str, ...]], View] = {}
 
-    # -- the four things it does
+    # -- what it is asked
 
     def decide(self, run: Run, action: Action, *, now: float) -> Decision:
         """The answer to an action of a run. `now` is in seconds since the epoch."""
         view = self._view(run)
-        return self._answer(view, run, action, self._weigher(view, run, action, now))
+        return self._answer(view, run, action, self._weigher(view, run, action, now, None))
 
     def explain(self, run: Run, action: Action, *, now: float) -> Explanation:
         """The same answer, found by looking at every rule, and why each did or did not match."""
@@ -154,7 +148,7 @@ class Policy:
         weigh = self._weigher(view, run, action, now, steps)
         decision = self._answer(view, run, action, weigh)
         section = SECTIONS.get(action.kind)
-        if section is not None:
+        if section is not None and section in UNSTATED:
             steps += _default_steps(view, section, decision)
         return Explanation(decision, tuple(steps))
 
@@ -162,20 +156,32 @@ class Policy:
         """What a person should look at in files that are valid."""
         return findings(self.files)
 
+    def sandbox(self, run: Run) -> Sandbox:
+        """What `[sandbox]` of the files that apply to a run agrees on. Files that observe count
+        only where no file enforces."""
+        view = self._view(run)
+        return view.every.sandbox if view.mode is Mode.OBSERVE else view.enforced.sandbox
+
     def writable(self, run: Run) -> tuple[str, ...] | None:
-        """Folders that `[sandbox] writable` opens to a run: what all applicable files that state
-        it agree on, or None if none states it. `.` is the working directory, `~` the home."""
-        stated = [f.writable for f in self._view(run).files if f.writable is not None]
-        if not stated:
-            return None
-        agreed = stated[0]
-        for folders in stated[1:]:
-            agreed = _common(agreed, folders)
-        return tuple(sorted(set(agreed)))
+        """Folders that `[sandbox] writable` opens to a run, or None if no file states it. `.` is the
+        working directory, `~` the home."""
+        return self.sandbox(run).writable
 
     def limits(self, run: Run) -> tuple[Limit, ...]:
         """The limits of all files that apply to a run."""
         return self._view(run).limits
+
+    def inspected(self) -> tuple[str, ...]:
+        """The host patterns, and the ranges without one, that rules decrypt for any run."""
+        found: set[str] = set()
+        for rule in self.rules:
+            n = rule.network
+            if n is None or not n.inspects:
+                continue
+            if self.files[rule.file_number].mode is Mode.ENFORCE or n.inspect:
+                found.update(str(h) for h in n.hosts)
+                found.update(r.text for r in n.ranges if not n.hosts)
+        return tuple(sorted(found))
 
     # -- which files apply
 
@@ -191,15 +197,21 @@ class Policy:
     def _make_view(self, run: Run) -> View:
         applicable = [(1 << n, f) for n, f in enumerate(self.files) if f.applies_to.selects(run)]
         enforced = [(bit, f) for bit, f in applicable if f.mode is Mode.ENFORCE]
-        observed = [(bit, f) for bit, f in applicable if f.mode is Mode.OBSERVE]
+        every = _side(applicable)
+        limits = tuple(limit for _, f in applicable for limit in f.limits)
+        models = any(r.llm is not None and r.bit & every.files for r in self.rules)
         return View(
             files=tuple(f for _, f in applicable),
-            enforced=sum(bit for bit, _ in enforced),
-            observed=sum(bit for bit, _ in observed),
-            enforced_defaults=_strictest(f for _, f in enforced),
-            all_defaults=_strictest(f for _, f in applicable),
-            mode=Mode.OBSERVE if observed and not enforced else Mode.ENFORCE,
-            limits=tuple(limit for _, f in applicable for limit in f.limits),
+            bits=every.files,
+            enforced=_side(enforced),
+            every=every,
+            observes=len(enforced) < len(applicable),
+            mode=Mode.OBSERVE if applicable and not enforced else Mode.ENFORCE,
+            limits=limits,
+            secrets=tuple(s for _, f in enforced for s in f.secrets),
+            models=models
+            or every.defaults[Section.LLM] != Effect.ALLOW.value
+            or any(limit.is_about_models for limit in limits),
         )
 
     # -- from verdict to decision
@@ -208,140 +220,264 @@ class Policy:
         """Modes: files that enforce decide. Files that observe take part in `would` alone, so
         that they neither block nor open anything."""
         if not view.files:
-            why = NO_POLICY if not self.files else _not_for(run)
+            why = NO_POLICY if not self.files else not_for(run)
             return Decision(Effect.DENY, why, "<no-policy>", self.revision)
-        would = weigh(view.enforced | view.observed, view.all_defaults) if view.observed else None
+        would = weigh(view.every) if view.observes else None
         if view.mode is Mode.OBSERVE:
             assert would is not None
             return Decision(
                 Effect.ALLOW,
-                _observed_reason(would, action, view),
-                _name(would.rule),
+                observed_reason(would, action, view.files),
+                name_of(would.rule),
                 self.revision,
                 Mode.OBSERVE,
                 would.effect,
+                self._obligations(view, action, would) if would.stated else (),
             )
-        verdict = weigh(view.enforced, view.enforced_defaults)
+        verdict = weigh(view.enforced)
         return Decision(
             verdict.effect,
-            _reason(verdict, action, view),
-            _name(verdict.rule),
+            reason(verdict, action, view.files),
+            name_of(verdict.rule),
             self.revision,
             Mode.ENFORCE,
             would.effect if would is not None else None,
-            asked_by=tuple(dict.fromkeys(_name(rule) for rule in verdict.asks)),
+            self._obligations(view, action, verdict),
+            asked_by=tuple(name_of(rule) for rule in verdict.asks),
         )
 
+    def _obligations(self, view: View, action: Action, verdict: Verdict) -> tuple[Obligation, ...]:
+        if verdict.effect is Effect.DENY:
+            return ()
+        if action.kind is Kind.NET_CONNECT and verdict.inspects:
+            questions = network_questions(action)
+            rules = [r for q in questions for r in self._candidates(q)]
+            return (obligations.of_connection(rules, view.bits, questions, view.models),)
+        if action.kind is Kind.HTTP_REQUEST and (verdict.judged or view.secrets):
+            q = network_questions(action)[0]
+            return obligations.of_request(q, request_of(action)[0], verdict.judged, view.secrets)
+        return ()
+
     def _weigher(
-        self, view: View, run: Run, action: Action, now: float, steps: list[Step] | None = None
+        self, view: View, run: Run, action: Action, now: float, steps: list[Step] | None
     ) -> Weigh:
         """Finds out what matches; with `steps`, by looking at every rule and saying why."""
-        del now  # no matcher of this version depends on the time
+        kind = action.kind
         try:
-            match action.kind:
-                case Kind.NET_CONNECT | Kind.HTTP_REQUEST:
-                    return self._network(view, action, steps)
-                case Kind.DNS_QUERY:
-                    return self._dns(view, action, steps)
-                case Kind.TOOL_CALL:
-                    return self._tool(view, action, steps)
-                case Kind.MCP_CALL:
-                    return _by_default(Section.MCP)
-                case Kind.EXEC:
-                    return _by_default(Section.EXEC)
-                case Kind.FILE_OPEN | Kind.FILE_UNLINK | Kind.FILE_RENAME:
-                    return _always(self._file(run, action))
-                case Kind.LLM_REQUEST:
-                    words = "requests to models are decided as connections in this version"
-                    return _always(Verdict(Effect.DENY, "<not-built>", words=words))
-                case Kind.RUN | Kind.EXIT | Kind.GUARD:
-                    words = f"{action.kind.value} is recorded, never asked for"
-                    return _always(Verdict(Effect.DENY, "<not-decided>", words=words))
+            if kind is Kind.TOOL_CALL:
+                tool = tool_question(action)
+                return self._by_rules(view, now, steps, Section.TOOL, tool, self._index.tool)
+            if kind is Kind.HTTP_REQUEST:
+                return self._request(view, action, now, steps)
+            if kind is Kind.NET_CONNECT:
+                return self._connection(view, action, now, steps)
+            if kind is Kind.DNS_QUERY:
+                return self._name(view, action, now, steps)
+            if kind is Kind.MCP_CALL:
+                mcp = mcp_question(action)
+                return self._by_rules(view, now, steps, Section.MCP, mcp, self._index.mcp)
+            if kind is Kind.LLM_REQUEST:
+                llm = llm_question(action)
+                return self._by_rules(view, now, steps, Section.LLM, llm, self._index.llm)
+            if kind is Kind.EXEC:
+                path = exec_question(run, action)
+                return self._by_rules(view, now, steps, Section.EXEC, path, self._index.exec)
+            if kind is Kind.NET_ACCEPT:
+                inbound = inbound_question(action)
+                found = self._matching(
+                    view, now, steps, Section.INBOUND, inbound, self._index.inbound
+                )
+                return lambda side: weigh_inbound(inbound, found, side.files)
+            if SECTIONS.get(kind) is Section.FILE:
+                return self._file(view, run, action, now, steps)
+            words = f"{kind.value} is recorded, never asked for"
+            return _always(Verdict(Effect.DENY, "<not-decided>", words=words))
         except (Malformed, InvalidHost) as e:
             rule = e.rule if isinstance(e, Malformed) else "<invalid-host>"
             return _always(Verdict(Effect.DENY, rule, words=str(e)))
 
+    # -- rules that match a question by one matcher
+
+    def _by_rules(
+        self,
+        view: View,
+        now: float,
+        steps: list[Step] | None,
+        section: Section,
+        question: Any,
+        candidates: Callable[[Any], Sequence[Rule]],
+    ) -> Weigh:
+        rules = self._matching(view, now, steps, section, question, candidates)
+        return lambda side: weigh_rules(rules, side.files, side.defaults[section])
+
+    def _matching(
+        self,
+        view: View,
+        now: float,
+        steps: list[Step] | None,
+        section: Section,
+        question: Any,
+        candidates: Callable[[Any], Sequence[Rule]],
+    ) -> list[Rule]:
+        if steps is None:
+            return [
+                rule
+                for rule in candidates(question)
+                if rule.bit & view.bits and rule.matcher.matches(question) and rule.holds(now)
+            ]
+        found = []
+        for rule in self._rules_of(view, section):
+            matched, why = rule.matcher.why(question)
+            matched = self._step(steps, rule, matched, why, now)
+            if matched:
+                found.append(rule)
+        return found
+
+    def _rules_of(self, view: View, section: Section) -> list[Rule]:
+        return [r for r in self.rules if r.bit & view.bits and r.section is section]
+
+    def _step(self, steps: list[Step], rule: Rule, matched: bool, why: str, now: float) -> bool:
+        """Adds what was considered; a rule whose time it is not does not match."""
+        if matched and not rule.holds(now):
+            matched, why = False, f"{why}, but this is not its time (when)"
+        file = self.files[rule.file_number]
+        steps.append(Step(rule.ref, rule.effect.value, matched, why, file.path, rule.line))
+        return matched
+
+    def _file(
+        self, view: View, run: Run, action: Action, now: float, steps: list[Step] | None
+    ) -> Weigh:
+        asked: list[tuple[PathQuestion, list[Rule]]] = []
+        for q in file_questions(run, action):
+            found = self._matching(view, now, steps, Section.FILE, q, self._index.file)
+            asked.append((q, found))
+
+        def weigh(side: Side) -> Verdict:
+            return worst(
+                weigh_file(q, rules, side, directory=run.directory, home=run.home)
+                for q, rules in asked
+            )
+
+        return weigh
+
     # -- the network
 
-    def _network(self, view: View, action: Action, steps: list[Step] | None) -> Weigh:
+    def _connection(
+        self, view: View, action: Action, now: float, steps: list[Step] | None
+    ) -> Weigh:
         questions = network_questions(action)
-        applicable = view.enforced | view.observed
-        asked: list[tuple[NetworkQuestion, list[Pair]]] = []
-        if steps is None:
-            for q in questions:
-                asked.append((q, self._index.network(q, applicable)))
-        else:
-            rules = [r for r in self.rules if r.bit & applicable and r.network is not None]
-            for q in questions:
-                pairs = [(r, m) for r in rules if r.network and (m := r.network.match(q))]
-                asked.append((q, pairs))
-            steps += _network_steps(self.files, rules, questions)
+        asked = [(q, self._pairs(view, q, now, steps is not None)) for q in questions]
+        if steps is not None:
+            self._connection_steps(view, questions, now, steps)
 
-        def weigh(files: int, defaults: Mapping[Section, str]) -> Verdict:
-            default = defaults[Section.NETWORK]
-            worst: Verdict | None = None
-            asks: tuple[Rule | str, ...] = ()
-            for q, pairs in asked:
-                verdict = weigh_network(q, pairs, files, default)
-                asks += verdict.asks
-                if worst is None or _EFFECT_RANK[verdict.effect] < _EFFECT_RANK[worst.effect]:
-                    worst = verdict
-            assert worst is not None
-            return worst._replace(asks=asks) if worst.effect is Effect.ASK else worst
+        def weigh(side: Side) -> Verdict:
+            default = side.defaults[Section.NETWORK]
+            found = [weigh_connection(q, pairs, side.files, default) for q, pairs in asked]
+            return found[0] if len(found) == 1 else worst(found)
 
         return weigh
 
-    def _dns(self, view: View, action: Action, steps: list[Step] | None) -> Weigh:
-        name = canonical_host(action.target)
-        if name.is_address:
-            raise Malformed(f"{name} is an address, not a name to resolve")
-        applicable = view.enforced | view.observed
-        if steps is None:
-            rules: Sequence[Rule] = self._index.hosts(name.text)
+    def _pairs(self, view: View, q: NetworkQuestion, now: float, every: bool) -> list[Pair]:
+        """The rules that match a connection; `every`: without the index."""
+        found: list[Pair] = []
+        if every:
+            for rule in self._rules_of(view, Section.NETWORK):
+                if rule.network is not None and (match := rule.network.match(q)):
+                    found.append((rule, match))
         else:
-            network = [r for r in self.rules if r.network is not None]
-            rules = [r for r in network if r.network and _names(r, name.text)]
-            steps += _dns_steps(self.files, [r for r in network if r.bit & applicable], name.text)
+            for rule in self._candidates(q):
+                if rule.bit & view.bits and rule.network is not None:
+                    match = rule.network.match_rest(q)
+                    if match:
+                        found.append((rule, match))
+        return [(rule, match) for rule, match in found if rule.holds(now)]
 
-        def weigh(files: int, defaults: Mapping[Section, str]) -> Verdict:
-            return weigh_dns(rules, files, defaults[Section.DNS])
+    def _candidates(self, q: NetworkQuestion) -> Sequence[Rule]:
+        named: Sequence[Rule] = self._index.host(q.host).rules if q.host else ()
+        return self._with_addresses(q, named)
+
+    def _with_addresses(self, q: NetworkQuestion, named: Sequence[Rule]) -> Sequence[Rule]:
+        by_address = self._index.addresses(q)
+        return sorted((*named, *by_address), key=_by_ref) if by_address else named
+
+    def _request(self, view: View, action: Action, now: float, steps: list[Step] | None) -> Weigh:
+        request, ambiguous = request_of(action)
+        asked = [
+            (q, *self._requested(view, q, request, now, steps is not None))
+            for q in network_questions(action)
+        ]
+        if steps is not None:
+            for q, *_ in asked:
+                self._request_steps(view, q, request, ambiguous, now, steps)
+
+        def weigh(side: Side) -> Verdict:
+            default = side.defaults[Section.NETWORK]
+            found = [
+                weigh_request(
+                    q,
+                    rules,
+                    side.files,
+                    default,
+                    ambiguous=ambiguous if ambiguous and paths & side.files else "",
+                    judged=judged,
+                )
+                for q, rules, judged, paths in asked
+            ]
+            return found[0] if len(found) == 1 else worst(found)
 
         return weigh
 
-    # -- tools and files
+    def _requested(
+        self, view: View, q: NetworkQuestion, request: Request, now: float, every: bool
+    ) -> tuple[list[Rule], list[Rule], int]:
+        """The rules that match a request; those that want to see its body; the files, as bits, that
+        have rules about paths of its host."""
+        rules: list[Rule] = []
+        judged: list[Rule] = []
+        paths = 0
+        for rule in self._request_candidates(view, q, request, every):
+            n = rule.network
+            if not rule.bit & view.bits or n is None:
+                continue
+            if not (n.match(q) if every else n.match_rest(q)) or not rule.holds(now):
+                continue
+            if n.content:
+                if n.paths:
+                    paths |= rule.bit
+                if not n.match_head(request):
+                    continue
+                if n.body is not None or n.ws is not None:
+                    judged.append(rule)
+                    if n.match_facts(request) is not Match.YES:
+                        continue
+            rules.append(rule)
+        return rules, judged, paths
 
-    def _tool(self, view: View, action: Action, steps: list[Step] | None) -> Weigh:
-        q = ToolQuestion(action.target, action.attributes.get("args"))
-        applicable = view.enforced | view.observed
+    def _request_candidates(
+        self, view: View, q: NetworkQuestion, request: Request, every: bool
+    ) -> Sequence[Rule]:
+        if every:
+            return self._rules_of(view, Section.NETWORK)
+        if not q.host:
+            return self._with_addresses(q, ())
+        host = self._index.host(q.host)
+        # An ambiguous path is told by any rule about paths, so then all are looked at.
+        named = host.of_path(components(request.path)) if request.path else host.rules
+        return self._with_addresses(q, named)
+
+    def _name(self, view: View, action: Action, now: float, steps: list[Step] | None) -> Weigh:
+        name = asked_name(action)
         if steps is None:
-            pairs = self._index.tool(q, applicable)
+            network = [r for r in self._index.host(name).rules if r.holds(now)]
+            dns: Sequence[Rule] = [r for r in self._index.names(name) if r.holds(now)]
         else:
-            rules = [r for r in self.rules if r.bit & applicable and r.tool is not None]
-            whys = [(r, *r.tool.why(q)) for r in rules if r.tool is not None]
-            pairs = [(r, m) for r, m, _ in whys if m]
-            steps += [_step(self.files, r, m is not Match.NO, why) for r, m, why in whys]
+            rules = self._rules_of(view, Section.NETWORK)
+            network = [r for r in rules if r.network and _names(r, name) and r.holds(now)]
+            self._name_steps(view, name, now, steps)
+            dns = self._matching(view, now, steps, Section.DNS, name, self._index.names)
+        return lambda side: weigh_name(network, dns, side.files, side.defaults[Section.DNS])
 
-        def weigh(files: int, defaults: Mapping[Section, str]) -> Verdict:
-            return weigh_rules(pairs, files, defaults[Section.TOOL])
-
-        return weigh
-
-    def _file(self, run: Run, action: Action) -> Verdict:
-        """`file = "sandbox"`, the one default there is: reads as the user may, writes in
-        the writable folders."""
-        path = action.target
-        if not path.startswith("/") or "\0" in path or posixpath.normpath(path) != path:
-            raise Malformed("the path is not absolute and in its normal form")
-        if action.kind is Kind.FILE_OPEN and action.attributes.get("access") == "read":
-            return Verdict(Effect.ALLOW, "<default>", words="reading is up to the user's rights")
-        folders = self.writable(run) or (".",)
-        if any(_inside(path, _absolute(folder, run)) for folder in folders):
-            return Verdict(Effect.ALLOW, "<default>", words="it is in a writable folder")
-        words = (
-            f"{_shown(path)} is outside the folders that the run may write to "
-            f"({', '.join(folders)}); [sandbox] writable in the policy can add one"
-        )
-        return Verdict(Effect.DENY, "<default>", words=words)
+    # -- steps of an explanation
 
     def _file_steps(self, view: View, run: Run) -> Iterable[Step]:
         for f in self.files:
@@ -351,353 +487,84 @@ class Policy:
             why += f"user {run.user or '-'}, tags {', '.join(run.tags) or '-'}"
             yield Step(f.id, "", False, why, f.path, 1)
 
+    def _connection_steps(
+        self, view: View, questions: Sequence[NetworkQuestion], now: float, steps: list[Step]
+    ) -> None:
+        for rule in self._rules_of(view, Section.NETWORK):
+            assert rule.network is not None
+            answers = [rule.network.why(q) for q in questions]
+            whys = list(dict.fromkeys(why for _, why in answers))
+            matched = any(m for m, _ in answers)
+            alone = matched and not rule.network.hosts and not questions[0].by_address
+            if matched and rule.network.content and not rule.network.inspects:
+                matched = False
+                whys.append("it decides requests, where another rule inspects the connection")
+            elif matched and rule.network.inspects:
+                whys.append("it inspects: each request is decided by itself")
+            elif alone and rule.effect is not Effect.DENY:
+                whys.append("for a connection by name it only lifts the guard or asks")
+            self._step(steps, rule, matched, "; ".join(whys), now)
+        _guard_steps(questions, steps)
 
-# -- weighing ----------------------------------------------------------------------------------
+    def _request_steps(
+        self,
+        view: View,
+        q: NetworkQuestion,
+        request: Request,
+        ambiguous: str,
+        now: float,
+        steps: list[Step],
+    ) -> None:
+        for rule in self._rules_of(view, Section.NETWORK):
+            assert rule.network is not None
+            match, why = rule.network.why(q)
+            if match and rule.network.content:
+                match, inner = rule.network.why_content(request)
+                why = f"{why}; {inner}"
+                match = match if match is Match.YES else Match.NO
+            self._step(steps, rule, bool(match), why, now)
+            if ambiguous and rule.network.paths and rule.network.match(q) and rule.holds(now):
+                why = f"{rule.ref} is about paths of this host, and the path is ambiguous: {ambiguous}"
+                steps.append(Step("<ambiguous-path>", "deny", True, why))
+        _guard_steps([q], steps)
 
-
-def weigh_rules(pairs: Sequence[Pair], files: int, default: str) -> Verdict:
-    """Deny over ask over allow over the default."""
-    asks: tuple[Rule, ...] = ()
-    allow: Rule | None = None
-    for rule, _ in pairs:
-        if not rule.bit & files:
-            continue
-        if rule.effect is Effect.DENY:
-            return Verdict(Effect.DENY, rule)
-        if rule.effect is Effect.ASK:
-            asks += (rule,)
-        else:
-            allow = allow or rule
-    if asks:
-        return Verdict(Effect.ASK, asks[0], asks=asks)
-    if allow is not None:
-        return Verdict(Effect.ALLOW, allow)
-    return Verdict(Effect(default), "<default>")
-
-
-def weigh_network(q: NetworkQuestion, pairs: Sequence[Pair], files: int, default: str) -> Verdict:
-    """The same for a connection to one address, with the guard list.
-
-    A rule with cidrs alone allows bare addresses; for a connection by name it can
-    deny, ask, and lift the guard, but the name needs a rule that names it.
-    """
-    ask = allow = maybe_ask = maybe_allow = range_ask = None
-    asks: tuple[Rule, ...] = ()
-    guarded = q.place is not None and bool(q.place.guard)
-    for rule, match in pairs:
-        if not rule.bit & files:
-            continue
-        if rule.effect is Effect.DENY:
-            return Verdict(Effect.DENY, rule, q.place)
-        if rule.effect is Effect.ASK:
-            asks += (rule,)
-        matcher = rule.network
-        assert matcher is not None
-        if guarded and q.place is not None and q.place.named_by(matcher.ranges):
-            guarded = False
-        if not matcher.hosts and not q.by_address:
-            if rule.effect is Effect.ASK:
-                range_ask = range_ask or rule
-        elif rule.effect is Effect.ASK:
-            if match is Match.YES:
-                ask = ask or rule
-            else:
-                maybe_ask = maybe_ask or rule
-        elif match is Match.YES:
-            allow = allow or rule
-        else:
-            maybe_allow = maybe_allow or rule
-    chosen = ask or allow or maybe_ask or maybe_allow
-    effect = chosen.effect if chosen is not None else Effect(default)
-    if effect is Effect.DENY:
-        return Verdict(effect, "<default>", q.place)
-    if guarded:
-        return Verdict(Effect.DENY, "<guard-list>", q.place)
-    if effect is Effect.ALLOW and range_ask is not None:
-        chosen, effect = range_ask, Effect.ASK
-    if effect is not Effect.ASK:
-        return Verdict(effect, chosen or "<default>", q.place)
-    return Verdict(effect, chosen or "<default>", q.place, asks=asks or ("<default>",))
+    def _name_steps(self, view: View, name: str, now: float, steps: list[Step]) -> None:
+        for rule in self._rules_of(view, Section.NETWORK):
+            n = rule.network
+            matched = _names(rule, name)
+            why = f"its hosts match {name}" if matched else f"its hosts do not match {name}"
+            if matched and n is not None and n.content and not n.inspects:
+                matched, why = False, f"it decides requests to {name}, not whether it is resolved"
+            elif matched and rule.effect is Effect.DENY and not denies_whole_host(rule):
+                matched, why = False, f"it leaves some of {name} open, so the name may be resolved"
+            self._step(steps, rule, matched, why, now)
 
 
-def weigh_dns(rules: Sequence[Rule], files: int, default: str) -> Verdict:
-    """A name may be resolved if a rule may let a connection to it through, on whatever port."""
-    ask: Rule | None = None
-    allow: Rule | None = None
-    for rule in rules:
-        if not rule.bit & files:
-            continue
-        if rule.effect is Effect.DENY:
-            if denies_whole_host(rule):
-                return Verdict(Effect.DENY, rule)
-        elif rule.effect is Effect.ASK:
-            ask = ask or rule
-        else:
-            allow = allow or rule
-    chosen = allow or ask
-    if chosen is not None:
-        return Verdict(chosen.effect, chosen)
-    return Verdict(Effect(default), "<default>")
-
-
-def denies_whole_host(rule: Rule) -> bool:
-    """A deny rule without ports, cidrs and protocol leaves nothing of a host."""
-    n = rule.network
-    return n is not None and n.ports is None and not n.ranges and n.protocol == "any"
+def _by_ref(rule: Rule) -> str:
+    return rule.ref
 
 
 def _names(rule: Rule, name: str) -> bool:
     return rule.network is not None and any(h.matches(name) for h in rule.network.hosts)
 
 
-def _by_default(section: Section) -> Weigh:
-    return lambda _files, defaults: Verdict(Effect(defaults[section]), "<default>")
-
-
 def _always(verdict: Verdict) -> Weigh:
-    return lambda _files, _defaults: verdict
+    return lambda _side: verdict
 
 
-def _strictest(files: Iterable[PolicyFile]) -> Mapping[Section, str]:
-    applicable = list(files)
-    return {
-        section: min(
-            (f.default(section) for f in applicable), key=_STRICTNESS.index, default="deny"
-        )
-        for section in Section
+def _side(files: Sequence[tuple[int, PolicyFile]]) -> Side:
+    defaults = {
+        section: min((f.default(section) for _, f in files), key=_STRICTNESS.index, default="deny")
+        for section in UNSTATED
     }
+    return Side(sum(bit for bit, _ in files), defaults, merged([f.sandbox for _, f in files]))
 
 
-# -- questions ---------------------------------------------------------------------------------
-
-
-def network_questions(action: Action) -> list[NetworkQuestion]:
-    """One question per address; one without an address in the step of names.
-
-    Raises Malformed or InvalidHost for what cannot be decided.
-    """
-    a = action.attributes
-    host, port, addresses = a.get("host"), a.get("port"), a.get("addresses")
-    if port is None or (host is None and addresses is None):
-        host, port = _from_target(action.target, host, port)
-    if type(port) is not int or not 0 < port < 65536:
-        raise Malformed("the port must be a whole number from 1 to 65535")
-    protocol = a.get("protocol") or ""
-    if protocol not in ("", "tls", "http", "opaque"):
-        raise Malformed("the protocol must be tls, http or opaque")
-    places = None if addresses is None else _places(addresses)
-    if host is None:
-        assert places is not None
-        answered = a.get("answered") if protocol == "opaque" else None
-        name, by_address = "" if answered is None else _name_of(answered), True
-    else:
-        asked = canonical_host(_text(host))
-        name, by_address = "" if asked.is_address else asked.text, asked.is_address
-        if by_address:
-            if places is not None and any(p.text != asked.text for p in places):
-                raise Malformed("host is an address, and addresses has another one")
-            places = [place(asked.text)]
-    if action.target != f"{host}:{port}":
-        _same_target(action.target, name, port, places if by_address else None)
-    if places is None:
-        return [NetworkQuestion(name, port, protocol, None)]
-    return [NetworkQuestion(name, port, protocol, p, by_address) for p in places]
-
-
-def _places(addresses: Json) -> list[Place]:
-    if not isinstance(addresses, (list, tuple)) or not 0 < len(addresses) <= ADDRESSES_LIMIT:
-        raise Malformed(f"addresses must be a list of 1 to {ADDRESSES_LIMIT} addresses")
-    return [place(_text(address)) for address in addresses]
-
-
-def _text(value: Json) -> str:
-    if not isinstance(value, str):
-        raise Malformed("hosts and addresses must be text")
-    return value
-
-
-def _name_of(value: Json) -> str:
-    host = canonical_host(_text(value))
-    return "" if host.is_address else host.text
-
-
-_TARGET = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::([0-9]{1,5}))?")
-
-
-def _split_target(target: str) -> tuple[str, int | None]:
-    """`host`, `host:port` or `[address]:port`."""
-    found = _TARGET.fullmatch(target)
-    if found is None:
-        raise Malformed("the target is not host:port")
-    return found[1] or found[2], int(found[3]) if found[3] else None
-
-
-def _from_target(target: str, host: Json, port: Json) -> tuple[Json, Json]:
-    named, number = _split_target(target)
-    return named if host is None else host, number if port is None else port
-
-
-def _same_target(target: str, name: str, port: int, places: Sequence[Place] | None) -> None:
-    """What is recorded must be what is decided."""
-    written, number = _split_target(target)
-    host = canonical_host(written)
-    same = host.text in {p.text for p in places} if places is not None else host.text == name
-    if not same or number not in (None, port):
-        raise Malformed("the target names another host or port than the attributes")
-
-
-# -- folders -----------------------------------------------------------------------------------
-
-
-def _absolute(folder: str, run: Run) -> str:
-    if folder == ".":
-        return run.directory
-    return run.home + folder[1:] if folder.startswith("~/") and run.home else folder
-
-
-def _inside(path: str, folder: str) -> bool:
-    return folder.startswith("/") and (path == folder or path.startswith(folder + "/"))
-
-
-def _common(some: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    """The folders that lie within both lists."""
-    both = [a for a in some for b in others if a == b or a.startswith(b + "/")]
-    return tuple(both + [b for b in others for a in some if b.startswith(a + "/")])
-
-
-# -- words -------------------------------------------------------------------------------------
-
-
-def _name(rule: Rule | str) -> str:
-    return rule if isinstance(rule, str) else rule.ref
-
-
-def _shown(text: str) -> str:
-    """A text that an agent chose, safe for a terminal and of bounded length."""
-    short = text if len(text) <= SHOWN_TARGET else text[: SHOWN_TARGET - 3] + "..."
-    return short if short.isascii() and short.isprintable() else ascii(short)[1:-1]
-
-
-def _not_for(run: Run) -> str:
-    who = f"agent {_shown(run.agent)} of user {_shown(run.user)}"
-    return (
-        f"no policy applies to {who}, so everything is denied; add a file to policy.d whose "
-        "applies_to selects it, or that has no applies_to: aasm policy show lists them"
-    )
-
-
-def _observed_reason(would: Verdict, action: Action, view: View) -> str:
-    if would.effect is Effect.ALLOW:
-        return _reason(would, action, view)
-    return f"only observed; enforced it would be: {_reason(would, action, view)}"
-
-
-def _reason(verdict: Verdict, action: Action, view: View) -> str:
-    rule = verdict.rule
-    target = _shown(action.target)
-    if isinstance(rule, Rule):
-        verb = _VERBS[verdict.effect]
-        because = f": {rule.reason}" if rule.reason else ""
-        if verdict.effect is Effect.DENY:
-            return f"{rule.ref} denies {target}{because}; {_ask_why(action)} tells more"
-        return f"{rule.ref} {verb} {target}{because}"
-    if verdict.words:
-        return f"{target}: {verdict.words}"
-    if rule == "<guard-list>":
-        assert verdict.place is not None
-        return _guard_reason(target, verdict.place, action)
-    policies = ", ".join(f.id for f in view.files)
-    if verdict.effect is not Effect.DENY:
-        return f"no rule is about {target}; the default of {policies} {_VERBS[verdict.effect]} it"
-    place_text = verdict.place.text if verdict.place is not None else ""
-    where = f" at {place_text}" if place_text and place_text not in target else ""
-    return f"no rule of {policies} allows {target}{where}; {_remedy(verdict, action)}"
-
-
-_VERBS = {Effect.ALLOW: "allows", Effect.DENY: "denies", Effect.ASK: "asks a person about"}
-
-
-def _ask_why(action: Action) -> str:
-    return f"aasm policy explain {action.kind.value} {shlex.quote(_shown(action.target))}"
-
-
-def _guard_reason(target: str, guarded: Place, action: Action) -> str:
-    inner = f" (which stands for {guarded.inner.text})" if guarded.inner is not None else ""
-    return (
-        f"{target}: {guarded.text}{inner} is a {guarded.guard} address, and no rule that matches "
-        f'names it; cidrs = ["{guarded.text}"] in the rule would; {_ask_why(action)} tells more'
-    )
-
-
-def _remedy(verdict: Verdict, action: Action) -> str:
-    """The rule that would allow it, as one would write it."""
-    build = _MATCHERS.get(action.kind)
-    matcher = build(verdict, action) if build is not None else ""
-    rule = f'a [[rule]] with an id, effect = "allow" and {matcher} would; ' if matcher else ""
-    return f"{rule}{_ask_why(action)} tells more"
-
-
-def _network_matcher(verdict: Verdict, action: Action) -> str:
-    q = network_questions(action)[0]
-    what = [f'hosts = ["{q.host}"]'] if q.host else []
-    guarded = verdict.place is not None and verdict.place.guard
-    if verdict.place is not None and (guarded or not what):
-        what.append(f'cidrs = ["{verdict.place.text}"]')
-    if q.port not in DEFAULT_PORTS:
-        what.append(f"ports = [{q.port}]")
-    if q.protocol == "opaque" and q.host:
-        what.append('protocol = "opaque"')
-    return f"network = {{ {', '.join(what)} }}"
-
-
-def _host_matcher(_verdict: Verdict, action: Action) -> str:
-    return f'network = {{ hosts = ["{_shown(action.target)}"] }}'
-
-
-def _tool_matcher(_verdict: Verdict, action: Action) -> str:
-    return f'tool = {{ names = ["{_shown(action.target)}"] }}'
-
-
-_MATCHERS: Mapping[Kind, Callable[[Verdict, Action], str]] = {
-    Kind.NET_CONNECT: _network_matcher,
-    Kind.HTTP_REQUEST: _network_matcher,
-    Kind.DNS_QUERY: _host_matcher,
-    Kind.TOOL_CALL: _tool_matcher,
-}
-
-
-# -- steps of an explanation -------------------------------------------------------------------
-
-
-def _step(files: Sequence[PolicyFile], rule: Rule, matched: bool, why: str) -> Step:
-    return Step(rule.ref, rule.effect.value, matched, why, files[rule.file].path, rule.line)
-
-
-def _network_steps(
-    files: Sequence[PolicyFile], rules: Sequence[Rule], questions: Sequence[NetworkQuestion]
-) -> Iterable[Step]:
-    for rule in rules:
-        assert rule.network is not None
-        answers = [rule.network.why(q) for q in questions]
-        whys = list(dict.fromkeys(why for _, why in answers))
-        matched = any(m for m, _ in answers)
-        alone = matched and not rule.network.hosts and not questions[0].by_address
-        if alone and rule.effect is not Effect.DENY:
-            whys.append("for a connection by name it only lifts the guard or asks")
-        yield _step(files, rule, matched, "; ".join(whys))
+def _guard_steps(questions: Sequence[NetworkQuestion], steps: list[Step]) -> None:
     for q in questions:
         if q.place is not None and q.place.guard:
             why = f"{q.place.text} is {q.place.guard}: a rule that matches must name it by cidrs"
-            yield Step("<guard-list>", "deny", True, why)
-
-
-def _dns_steps(files: Sequence[PolicyFile], rules: Sequence[Rule], name: str) -> Iterable[Step]:
-    for rule in rules:
-        matched = _names(rule, name)
-        why = f"its hosts match {name}" if matched else f"its hosts do not match {name}"
-        if matched and rule.effect is Effect.DENY and not denies_whole_host(rule):
-            matched, why = False, f"it leaves some of {name} open, so the name may be resolved"
-        yield _step(files, rule, matched, why)
+            steps.append(Step("<guard-list>", "deny", True, why))
 
 
 def _default_steps(view: View, section: Section, decision: Decision) -> Iterable[Step]:

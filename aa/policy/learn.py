@@ -16,7 +16,7 @@ from typing import Any
 
 from aa.model import Effect, Kind, Run
 from aa.policy.address import Place
-from aa.policy.engine import Malformed, network_questions
+from aa.policy.questions import Malformed, network_questions
 from aa.policy.host import InvalidHost
 from aa.policy.load import loads
 from aa.policy.replay import Question

@@ -66,6 +66,10 @@ class Limit:
     """Of tools, as written; empty for other measures."""
     tests: tuple[Callable[[str], bool], ...] = ()
 
+    @property
+    def is_about_models(self) -> bool:
+        return SECTION[self.measure] == "llm"
+
     def is_about_tool(self, name: str) -> bool:
         return any(test(name) for test in self.tests)
 

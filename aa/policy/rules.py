@@ -1,39 +1,55 @@
-"""Rules as values: what a file says, ready to be matched against a question.
-
-A question is an action in the form that rules compare with. Each matcher
-answers it twice: `match` quickly for a decision, `why` in words for an
-explanation. Both come from the same conditions in the same order.
-"""
+"""Rules as values: what a file says, ready to be matched against a question."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from aa.model import Effect, Mode, Run
-from aa.policy.address import Place, Range
-from aa.policy.arguments import Predicate
+from aa.policy.approve import Approve
 from aa.policy.limits import Limit
-from aa.policy.pattern import HostPattern, Matcher
+from aa.policy.matchers import (
+    Access,
+    DnsMatcher,
+    ExecMatcher,
+    FileMatcher,
+    InboundMatcher,
+    LlmMatcher,
+    McpMatcher,
+    ToolMatcher,
+)
+from aa.policy.network import NetworkMatcher, listed
+from aa.policy.sandbox import Sandbox
+from aa.policy.secret import Secret
+from aa.policy.when import When
 from aa.tomlfile import Document
+
+__all__ = [
+    "Access",
+    "PolicyFile",
+    "Rule",
+    "Section",
+    "Selector",
+    "UNSTATED",
+    "every_rule",
+]
 
 Json = Any
 
-DEFAULT_PORTS = frozenset((443, 80))
-"""Ports of an allow or ask rule that names none. A deny rule that names none is about all."""
-
 
 class Section(enum.StrEnum):
-    """What a rule can be about, and what has a default."""
+    """What a rule can be about: the key of its matcher."""
 
     NETWORK = "network"
+    INBOUND = "inbound"
     DNS = "dns"
     EXEC = "exec"
     FILE = "file"
     TOOL = "tool"
     MCP = "mcp"
+    LLM = "llm"
 
 
 UNSTATED: Mapping[Section, str] = {
@@ -43,174 +59,47 @@ UNSTATED: Mapping[Section, str] = {
     Section.FILE: "sandbox",
     Section.TOOL: "deny",
     Section.MCP: "deny",
+    # Asked only about a request that the network rules let through.
+    Section.LLM: "allow",
 }
-"""The defaults of a policy that does not state them."""
-
-
-class Match(enum.IntEnum):
-    NO = 0
-    PROVISIONAL = 1  # as far as is known; the addresses or the protocol will tell
-    YES = 2
-
-
-class NetworkQuestion(NamedTuple):
-    """One connection to one of its addresses, or to none in the step of names.
-
-    With `by_address` the client asked for the address itself; `host` is then the name
-    that our resolver gave the run for it, if any.
-    """
-
-    host: str
-    port: int
-    protocol: str  # "" while it is not known
-    place: Place | None
-    by_address: bool = False
-
-
-class ToolQuestion(NamedTuple):
-    name: str
-    arguments: Json
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkMatcher:
-    """`ports` is None for all of them. `hosts` or `ranges` is not empty."""
-
-    hosts: tuple[HostPattern, ...]
-    ranges: tuple[Range, ...]
-    ports: frozenset[int] | None
-    protocol: str
-    """`any`, `web` (TLS and HTTP), `tls`, `http` or `opaque`."""
-    effect: Effect
-
-    def match(self, q: NetworkQuestion) -> Match:
-        if self.ports is not None and q.port not in self.ports:
-            return Match.NO
-        if self.hosts and not (q.host and any(h.matches(q.host) for h in self.hosts)):
-            return Match.NO
-        return self.match_rest(q)
-
-    def match_rest(self, q: NetworkQuestion) -> Match:
-        """The same for a question whose host is known to match."""
-        if self.ports is not None and q.port not in self.ports:
-            return Match.NO
-        certain = True
-        if self.ranges:
-            if q.place is None:
-                if not self.hosts or self.effect is Effect.DENY:
-                    return Match.NO
-                certain = False
-            elif not self._in_range(q.place):
-                return Match.NO
-        if self.protocol != "any" and self.protocol != q.protocol:
-            speaks = self._speaks(q.protocol)
-            if speaks is Match.NO:
-                return Match.NO
-            certain = certain and speaks is Match.YES
-        return Match.YES if certain else Match.PROVISIONAL
-
-    def _in_range(self, place: Place) -> bool:
-        if any(r.contains(place) for r in self.ranges):
-            return True
-        # A deny of 10.0.0.0/8 is meant for 64:ff9b::10.0.0.1 too.
-        inner = place.inner
-        return (
-            self.effect is Effect.DENY
-            and inner is not None
-            and any(r.contains(inner) for r in self.ranges)
-        )
-
-    def _speaks(self, protocol: str) -> Match:
-        if not protocol:
-            return Match.NO if self.effect is Effect.DENY else Match.PROVISIONAL
-        if self.protocol == "web":
-            return Match.NO if protocol == "opaque" else Match.YES
-        return Match.YES if protocol == self.protocol else Match.NO
-
-    def why(self, q: NetworkQuestion) -> tuple[Match, str]:
-        """The answer of `match`, and the words for it."""
-        answer = self.match(q)
-        if self.ports is not None and q.port not in self.ports:
-            return answer, f"its ports are {_listed(sorted(self.ports))}, not {q.port}"
-        if self.hosts and not q.host:
-            return answer, "it names hosts, and this connection is to an address without a name"
-        if self.hosts and not any(h.matches(q.host) for h in self.hosts):
-            return answer, f"none of its hosts ({_listed(self.hosts)}) matches {q.host}"
-        if self.ranges and q.place is None and not self.hosts:
-            return answer, "it is about addresses, and this step knows the name alone"
-        if self.ranges and q.place is None and answer is Match.NO:
-            return answer, "it needs the addresses, and this step knows the name alone"
-        if self.ranges and q.place is not None and not self._in_range(q.place):
-            ranges = _listed(r.text for r in self.ranges)
-            return answer, f"{q.place.text} is in none of its cidrs ({ranges})"
-        if answer is Match.NO:
-            return answer, _protocol_words(self.protocol, q.protocol)
-        where = f"{q.host or (q.place.text if q.place else '')} port {q.port}"
-        if answer is Match.PROVISIONAL:
-            return answer, f"{where} fits so far; its addresses or its protocol will tell"
-        return answer, f"{where} fits"
-
-
-def _protocol_words(wanted: str, spoken: str) -> str:
-    if not spoken:
-        return "it depends on the protocol, which is not known yet"
-    if wanted == "web":
-        return (
-            "it is for TLS and HTTP, and this connection speaks neither: "
-            'for ssh and the like a rule needs protocol = "opaque"'
-        )
-    return f"it is for {wanted}, and this connection speaks {spoken}"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolMatcher:
-    """`names` are tests of the whole name; all predicates must hold."""
-
-    names: tuple[str, ...]
-    tests: tuple[Matcher, ...]
-    predicates: tuple[Predicate, ...]
-    effect: Effect
-
-    def match(self, q: ToolQuestion) -> Match:
-        if not any(test(q.name) for test in self.tests):
-            return Match.NO
-        return self.match_rest(q)
-
-    def match_rest(self, q: ToolQuestion) -> Match:
-        """The same for a question whose name is known to match."""
-        against = self.effect is not Effect.ALLOW
-        for p in self.predicates:
-            if not p.holds(q.arguments, against=against):
-                return Match.NO
-        return Match.YES
-
-    def why(self, q: ToolQuestion) -> tuple[Match, str]:
-        answer = self.match(q)
-        if not any(test(q.name) for test in self.tests):
-            return answer, f"none of its names ({_listed(self.names)}) matches"
-        against = self.effect is not Effect.ALLOW
-        for p in self.predicates:
-            if not p.holds(q.arguments, against=against):
-                return answer, f"the argument does not fulfil {p}"
-        return answer, "name and arguments fit" if self.predicates else "the name fits"
+"""The sections that have a default, and what it is in a policy that does not state it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of a file. `ref` is how decisions name it: POLICY-ID/RULE-ID."""
+    """A rule of a file, with exactly one matcher. `ref` is how decisions name it: POLICY-ID/RULE-ID."""
 
     ref: str
     id: str
     effect: Effect
     reason: str
     section: Section
-    network: NetworkMatcher | None
-    tool: ToolMatcher | None
-    file: int  # index into the policy's files
-    bit: int  # 1 << file
+    file_number: int  # index into the policy's files
+    bit: int  # 1 << file_number
     document: Document = field(repr=False, compare=False)
     number: int
     """The how manieth rule of its document this is, from 0."""
+    when: When | None = None
+    approve: Approve | None = None
+    """Of an ask rule that says how; for the others an `Approve()` holds."""
+    network: NetworkMatcher | None = None
+    inbound: InboundMatcher | None = None
+    dns: DnsMatcher | None = None
+    exec: ExecMatcher | None = None
+    file: FileMatcher | None = None
+    tool: ToolMatcher | None = None
+    mcp: McpMatcher | None = None
+    llm: LlmMatcher | None = None
+
+    matcher: Any = field(init=False, repr=False, compare=False)
+    """The one of these that there is."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matcher", getattr(self, self.section.value))
+
+    def holds(self, now: float) -> bool:
+        """Whether this is a time at which the rule counts."""
+        return self.when is None or self.when.holds(now, against=self.effect is not Effect.ALLOW)
 
     @property
     def line(self) -> int:
@@ -218,9 +107,9 @@ class Rule:
 
     @property
     def written(self) -> Mapping[str, Json]:
-        """The matcher as the file has it."""
+        """The matcher as the file has it, with its time."""
         rule: Mapping[str, Json] = self.document.data["rule"][self.number]
-        return {self.section.value: rule[self.section.value]}
+        return {key: rule[key] for key in (self.section.value, "when") if key in rule}
 
     def as_json(self) -> dict[str, Json]:
         return {
@@ -252,7 +141,7 @@ class Selector:
         return {name: sorted(values) for name, values in parts.items() if values}
 
     def __str__(self) -> str:
-        parts = (f"{name} {_listed(values)}" for name, values in self.as_json().items())
+        parts = (f"{name} {listed(values)}" for name, values in self.as_json().items())
         return " and ".join(parts) or "every run"
 
 
@@ -268,9 +157,9 @@ class PolicyFile:
     defaults: Mapping[Section, str]
     """Those that the file states."""
     rules: tuple[Rule, ...]
-    writable: tuple[str, ...] | None
-    """`[sandbox] writable`, None if the file does not state it."""
+    sandbox: Sandbox
     limits: tuple[Limit, ...]
+    secrets: tuple[Secret, ...]
     document: Document = field(repr=False, compare=False)
 
     @property
@@ -291,20 +180,15 @@ class PolicyFile:
             "revision": self.revision,
             "mode": self.mode.value,
             "applies_to": self.applies_to.as_json(),
-            "default": {section.value: self.default(section) for section in Section},
-            "writable": None if self.writable is None else list(self.writable),
+            "default": {section.value: self.default(section) for section in UNSTATED},
+            "sandbox": self.sandbox.as_json(),
             "rules": [rule.as_json() for rule in self.rules],
             "limits": [limit.as_json() for limit in self.limits],
+            "secrets": [secret.as_json() for secret in self.secrets],
         }
 
     def __str__(self) -> str:
         return f"{self.path} ({self.id})"
-
-
-def _listed(values: Any, limit: int = 6) -> str:
-    texts = [str(v) for v in values]
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
 
 
 def every_rule(files: Sequence[PolicyFile]) -> tuple[Rule, ...]:

@@ -34,12 +34,14 @@ class Case:
 
     def differences(self, decision: Decision) -> dict[str, tuple[Json, Json]]:
         """What of the expectation a decision does not fulfil: key -> (expected, found)."""
-        found = {
+        found: dict[str, Json] = {
             "effect": decision.effect.value,
             "rule": decision.rule,
             "mode": decision.mode.value,
             "would": decision.would.value if decision.would else None,
         }
+        if "obligations" in self.expect:
+            found["obligations"] = [o.as_json() for o in decision.obligations]
         wanted = {"mode": "enforce", "would": None, **self.expect}
         differ = {key: (wanted[key], found[key]) for key in found if found[key] != wanted[key]}
         if self.expect.get("reason", "") not in decision.reason:
