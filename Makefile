@@ -11,13 +11,31 @@ PYTEST := $(PYTHON) -m pytest --durations=10 -ra
 # Guests under emulation take minutes: they belong to lab-full.
 LAB := tests/lab --ignore=tests/lab/qemu
 
-.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench deps clean
+.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench deps inspect clean
 
 build: deps
 	$(MAKE) --no-print-directory -C probes all
 
 deps:
 	@packaging/install-packages packaging/packages.txt
+
+# mitmproxy and what it needs, for each Debian release's Python: what agent-assembly-inspect carries.
+INSPECT := build/inspect
+LAY_IN := packaging/inspect/lay-in
+inspect: $(INSPECT)/py311 $(INSPECT)/py313
+
+$(INSPECT)/py311: packaging/inspect/requirements-py311.txt $(LAY_IN) | deps
+	$(LAY_IN) $@ 3.11 $<
+	@touch $@
+
+$(INSPECT)/py313: packaging/inspect/requirements-py313.txt $(LAY_IN) | deps
+	$(LAY_IN) $@ 3.13 $<
+	@touch $@
+
+# The stock program, which benchmarks measure beside ours.
+$(INSPECT)/mitmdump: packaging/inspect/requirements-py311.txt packaging/inspect/requirements-mitmdump.txt $(LAY_IN) | deps
+	KEEP=1 $(LAY_IN) $@ 3.11 $(filter %.txt,$^)
+	@touch $@
 
 # The packages, in dist/. Built in a copy, so the tree stays as it is.
 deb: build
