@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import click
 
 from aa.cli.errors import Failure, connected, control
-from aa.cli.output import cell, console, json_option, print_json
+from aa.cli.output import cell, console, json_option, print_json, print_table
 from aa.cli.runs import print_denials
 from aa.paths import RUN_GATEWAY_SOCKET
 
@@ -44,6 +47,24 @@ def why(run: str | None, as_json: bool) -> None:
             )
             for problem in told["problems"]:
                 console().print("  problem:", cell(problem))
+        _print_waiting(told.get("waiting", []))
         print_denials(told["denials"])
     if told["denials"]:
         click.get_current_context().exit(1)
+
+
+def _print_waiting(waiting: list[dict[str, Any]]) -> None:
+    print_table(
+        ("approval", "what", "target", "rule", "left"),
+        [
+            (
+                w["approval"],
+                w["kind"],
+                w["target"],
+                w["rule"],
+                f"{max(0, int(w['expires'] - time.time()))} s",
+            )
+            for w in waiting
+        ],
+        title="a person is asked about" if waiting else "",
+    )

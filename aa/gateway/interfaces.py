@@ -168,6 +168,17 @@ def run_service(gateway: Gateway, run_id: str) -> Service:
             "rung": gateway.rung,
             "problems": gateway.problems(),
             "denials": [denial_json(r) for r in gateway.denials(run.id)],
+            "waiting": [
+                {
+                    "approval": a.id,
+                    "kind": a.action.kind.value,
+                    "target": a.action.target,
+                    "rule": a.rules[0],
+                    "expires": a.expires,
+                }
+                for a in gateway.approvals.pending()
+                if a.run == run.id
+            ],
         }
 
     return _service(

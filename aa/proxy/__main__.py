@@ -20,6 +20,7 @@ from aa.proxy.dial import Resolver
 from aa.proxy.dns import Forwarder
 from aa.proxy.front import Front
 from aa.proxy.identify import Identify
+from aa.proxy.placeholder import Placeholders
 from aa.report import Reporter, RunTable, Unreachable, confirm_run
 from aa.sockdiag import SockDiag, SockDiagError
 from aa.tomlfile import InvalidFile
@@ -67,7 +68,11 @@ class Proxy:
         enforce = config.gateway.socket
         self._reporter = Reporter(COMPONENT, socket=enforce)
         self._runs = RunTable(socket=enforce, on_run=self._confirm)
-        self._gateway = Gateway(socket=enforce, seconds=config.proxy.decide_seconds)
+        self._gateway = Gateway(
+            socket=enforce,
+            seconds=config.proxy.decide_seconds,
+            max_waiting=config.proxy.max_waiting,
+        )
         self._refusals = Refusals(self._reporter.report)
         try:
             diag = SockDiag()
@@ -78,7 +83,7 @@ class Proxy:
         self._identify = identify = Identify(
             self._runs, diag, explicit_users=_uids(config.proxy.explicit_users)
         )
-        answered = AnsweredNames()
+        answered, placeholders = AnsweredNames(), Placeholders()
         self._resolver = Resolver()
         self._front = Front(
             Shared(
@@ -89,6 +94,7 @@ class Proxy:
                 report=self._reporter.report,
                 limits=config.proxy,
                 answered=answered,
+                placeholders=placeholders,
             )
         )
         self._forwarder = Forwarder(
@@ -96,6 +102,7 @@ class Proxy:
             identify=identify,
             refusals=self._refusals,
             answered=answered,
+            placeholders=placeholders,
         )
 
     async def live(self, daemon: Daemon) -> None:
@@ -132,6 +139,7 @@ class Proxy:
         self._config_problem = "[listen] and gateway.socket take a restart" if stays else ""
         self._front.shared.limits = config.proxy
         self._gateway.set_deadline(config.proxy.decide_seconds)
+        self._gateway.max_waiting = config.proxy.max_waiting
         self._identify.set_explicit_users(_uids(config.proxy.explicit_users))
         log.info("[proxy] is read again")
 
@@ -206,7 +214,8 @@ class Proxy:
         problem = f"; {self._config_problem}" if self._config_problem else ""
         away = "" if self._runs.synchronised else "; gateway unreachable: refusing everything"
         return (
-            f"{self._front.connections} connections, {counts.allowed} allowed, "
+            f"{self._front.connections} connections, "
+            f"{self._gateway.waiting} wait for a person, {counts.allowed} allowed, "
             f"{counts.denied} denied, {counts.failed} failed; "
             f"{queries.queries} DNS queries, {queries.denied} denied{away}{problem}"
         )
@@ -220,6 +229,7 @@ class Proxy:
                 "problem": problem,
                 "listeners": [_shown(s.getsockname()) for s in self._sockets],
                 "connections": self._front.connections,
+                "waiting": self._gateway.waiting,
                 "allowed": counts.allowed,
                 "denied": counts.denied,
                 "failed": counts.failed,

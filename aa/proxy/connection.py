@@ -21,13 +21,14 @@ from typing import Any
 
 from aa.config import Proxy
 from aa.model import Action, Decision, Effect, Kind, Layer, Mode, RecordType, Report, deny
-from aa.policy.host import Host
+from aa.policy.host import Host, canonical_host
 from aa.proxy.answered import AnsweredNames
 from aa.proxy.ask import Gateway, GatewayAway, Refusals
 from aa.proxy.denial import Refusal, http_answer, tls_alert
 from aa.proxy.dial import Address, Resolver, UpstreamFailed, address_of, dial
 from aa.proxy.http1 import Exchange, check_head, outgoing_head, unwanted_upgrade
 from aa.proxy.identify import Client, Identify, Stranger
+from aa.proxy.placeholder import Placeholders
 from aa.proxy.sniff import Finding, Form, Head, Hello, Malformed, Opaque, Protocol, Sniffer
 from aa.proxy.splice import Outcome, Relay, linger, reset, unsent
 
@@ -39,6 +40,8 @@ connection is decided by address alone (in SMTP or MySQL the server speaks first
 READ_BYTES = 1 << 16
 ANSWER_SECONDS = 1.0
 """How long writing the reason of a refusal may take."""
+LOOK_SECONDS = 1.0
+"""How often a held connection is looked at: one whose client closed waits for nobody."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 1 << 18
 MODES_KEPT = 4096
@@ -122,8 +125,11 @@ class Shared:
     counts: Counts = field(default_factory=Counts)
     per_run: Counter[str] = field(default_factory=Counter)
     per_user: Counter[int] = field(default_factory=Counter)
+    waiting: Counter[str] = field(default_factory=Counter)
+    """Connections that are held for a person's answer, by run."""
     modes: Modes = field(default_factory=Modes)
     answered: AnsweredNames = field(default_factory=AnsweredNames)
+    placeholders: Placeholders = field(default_factory=Placeholders)
 
 
 class Refused(Exception):
@@ -137,7 +143,7 @@ class Refused(Exception):
 
 
 class Gone(Exception):
-    """The client left before it said anything: nothing to decide."""
+    """The client left before it said anything, or while a person was asked: nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +199,8 @@ class Connection:
         self._speaks: Protocol | None = Protocol.HTTP if explicit else None
         """How a refusal is told."""
         self._head: Head | None = None
+        self._approval = ""
+        """What a person allowed this connection with; its further steps go on with it."""
         self._moving: Relay | Exchange | None = None
         self._began = self._loop.time()
 
@@ -238,12 +246,16 @@ class Connection:
             raise Refused(_itself())
         asked = address_of(original.address)
         self._destination = Destination(original.port, asked=asked, scope=original.scope)
+        name = self._shared.placeholders.name_of(self.run, asked)
+        if name is not None:
+            self._destination = replace(self._destination, host=canonical_host(name))
         self._keep_off_ourselves((asked,))
         self._enter()
         sniffer = Sniffer()
         finding = await self._sniff(sniffer)
         self._must_be_known()
-        await self._go_on(finding, sniffer, self._destination, (asked,))
+        known = (asked,) if name is None else ()  # a placeholder is no place to go to
+        await self._go_on(finding, sniffer, self._destination, known)
 
     async def _serve_explicit(self) -> None:
         self._identify(self._sock.getsockname()[:2], explicit=True)
@@ -332,8 +344,9 @@ class Connection:
         *,
         resolved: bool = False,
     ) -> None:
-        """From what came to a decision and on. `known` is the address that the client picked, or
-        with `resolved` those of the name it gave, which the first step has allowed."""
+        """From what came to a decision and on. `known` is the address that the client picked (none
+        where that was a placeholder), or with `resolved` those of the name it gave, which the
+        first step has allowed."""
         destination = replace(destination, protocol=_protocol(finding))
         wrong = _wrong(finding, destination)
         if wrong is not None:
@@ -350,7 +363,7 @@ class Connection:
         if destination.host is not None and not resolved:
             addresses = await self._resolve_if_allowed(destination, known)
         decision = await self._decide(destination, addresses)
-        if decision.mode is Mode.OBSERVE:
+        if decision.mode is Mode.OBSERVE and known:
             addresses = known  # where it would have gone without us
         await self._pass(finding, sniffer, destination, addresses)
 
@@ -378,6 +391,8 @@ class Connection:
         decision = await self._ask(destination, known, provisional=True)
         if not decision.permits or decision.mode is not Mode.OBSERVE:
             raise Refused(replace(wrong, policy=decision.policy))
+        if not known:
+            known = await self._resolve(destination)
         await self._decide(destination, known)
         await self._pass(Opaque(), sniffer, destination, known)
 
@@ -454,7 +469,7 @@ class Connection:
         action = destination.action(addresses, self._client.uid)
         try:
             decision = await self._shared.gateway.decide(
-                self._client.run, action, provisional=provisional
+                self._client.run, action, provisional=provisional, approval=self._approval
             )
         except GatewayAway as e:
             raise Refused(e.decision) from None
@@ -468,11 +483,17 @@ class Connection:
         *,
         provisional: bool = False,
     ) -> Decision:
-        """The gateway's allow. Raises `Refused` for everything else."""
+        """The gateway's allow, after a person's where it takes one. Raises `Refused` for
+        everything else."""
         self._destination = destination
         decision = await self._ask(destination, addresses, provisional=provisional)
+        if decision.effect is Effect.ASK and provisional:
+            decision = await self._ask(destination, addresses)  # now the question is put
+        if decision.effect is Effect.ASK:
+            decision = await self._hold(destination.action(addresses, self._client.uid), decision)
         if not decision.permits:
             raise Refused(decision, recorded=True)
+        self._approval = decision.approval or self._approval
         if decision.obligations:
             names = {o.name for o in decision.obligations}
             why = (
@@ -482,6 +503,36 @@ class Connection:
             )
             raise Refused(replace(decision, effect=Effect.DENY, reason=why))
         return decision
+
+    async def _hold(self, action: Action, decision: Decision) -> Decision:
+        """A person's answer. Meanwhile what the client sends stays unread in the kernel."""
+        run, waiting = self.run, self._shared.waiting
+        most = self._limits.max_waiting_per_run
+        if waiting[run] >= most:
+            raise Refused(
+                deny(
+                    f"{most} connections of this run wait for a person already; raise "
+                    "proxy.max_waiting_per_run in agent-assembly.toml",
+                    rule="<limit:max_waiting_per_run>",
+                    policy=decision.policy,
+                )
+            )
+        waiting[run] += 1
+        answer = self._loop.create_task(self._shared.gateway.settle(run, action, decision))
+        try:
+            while not answer.done():
+                await asyncio.wait((answer,), timeout=LOOK_SECONDS)
+                if not _is_established(self._sock):
+                    raise Gone
+            return answer.result()
+        except GatewayAway as e:
+            raise Refused(e.decision) from None
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            waiting[run] -= 1
+            if waiting[run] <= 0:
+                del waiting[run]
 
     async def _resolve_if_allowed(
         self, destination: Destination, known: tuple[Address, ...]
@@ -496,7 +547,7 @@ class Connection:
             if addresses:
                 return addresses
         first = await self._decide(destination, None, provisional=True)
-        if first.mode is Mode.OBSERVE:
+        if first.mode is Mode.OBSERVE and known:
             return known
         return await self._resolve(destination)
 

@@ -1,7 +1,8 @@
 """The DNS forwarder: a query is decided by name before anybody is asked, then answered as usual.
 
 Only the decided name and its type travel on, in a query made anew: flags, EDNS
-options and letter case of the client's packet carry nothing out. HTTPS and SVCB
+options and letter case of the client's packet carry nothing out. A name about which
+a person must be asked gets a placeholder: nobody is asked for it before. HTTPS and SVCB
 are answered as having no data: the keys for encrypted ClientHellos that they
 carry would hide the name that a connection is decided by.
 """
@@ -33,13 +34,15 @@ import dns.rdatatype
 import dns.rrset
 from dns.edns import EDECode
 
-from aa.model import Action, Decision, Kind, deny
+from aa.model import Action, Decision, Effect, Kind, deny
 from aa.policy.host import InvalidHost, canonical_host
 from aa.proxy.answered import AnsweredNames
 from aa.proxy.ask import Gateway, GatewayAway, Refusals
 from aa.proxy.connection import Original, original_destination
 from aa.proxy.hostdns import Address, HostNames, Nameservers
 from aa.proxy.identify import Client, Identify, Stranger
+from aa.proxy.placeholder import TTL as PLACEHOLDER_TTL
+from aa.proxy.placeholder import Placeholders
 
 QUERY_LIMIT = 4096
 """Bytes of a query; a name and an OPT record need 600."""
@@ -192,6 +195,7 @@ class Forwarder:
     identify: Identify
     refusals: Refusals
     answered: AnsweredNames = field(default_factory=AnsweredNames)
+    placeholders: Placeholders = field(default_factory=Placeholders)
     names: HostNames = field(default_factory=HostNames)
     nameservers: Nameservers = field(default_factory=Nameservers)
     upstream_port: int = 53
@@ -332,6 +336,8 @@ class Forwarder:
 
     async def _decide_and_ask(self, query: Query, who: Client | Stranger) -> dns.message.Message:
         decision = await self._decide(query, who)
+        if decision.effect is Effect.ASK and not decision.obligations:
+            return self._placeholder(query, _run(who), decision)
         if not decision.permits or decision.obligations:
             self.counts.denied += 1
             why = f"{decision.reason} [{decision.rule}]"
@@ -389,6 +395,13 @@ class Forwarder:
 
     # -- the answer
 
+    def _placeholder(self, query: Query, run: str, decision: Decision) -> dns.message.Message:
+        """For an address that stands for the name; no data for anything else."""
+        if query.type != dns.rdatatype.A:
+            why = f"{decision.reason}, when it is connected to [{decision.rule}]"
+            return failure(query.message, dns.rcode.NOERROR, EDECode.PROHIBITED, why)
+        return _addresses(query, [self.placeholders.give(run, query.text)], PLACEHOLDER_TTL)
+
     async def _look_up(self, query: Query, run: str) -> dns.message.Message:
         if query.type in HIDDEN_TYPES:
             return _answer(query.message, dns.rcode.NOERROR)
@@ -398,7 +411,7 @@ class Forwarder:
             if known:
                 chosen = [a for a in known if a.version == version]
                 self.answered.remember(run, query.text, chosen, HOSTS_TTL)
-                return _addresses(query, chosen)
+                return _addresses(query, chosen, HOSTS_TTL)
         found = await self._ask_host(query)
         answer = _answer(query.message, found.rcode())
         answer.answer = [r for r in found.answer if r.rdclass == dns.rdataclass.IN]
@@ -540,11 +553,11 @@ def _socket_name(server: str, port: int) -> tuple[int, tuple[str | int, ...]]:
     return socket.AF_INET6, (address, port, 0, index)
 
 
-def _addresses(query: Query, addresses: Sequence[Address]) -> dns.message.Message:
+def _addresses(query: Query, addresses: Sequence[Address], ttl: int) -> dns.message.Message:
     answer = _answer(query.message, dns.rcode.NOERROR)
     if addresses:
         texts = [str(a) for a in addresses]
-        answer.answer = [dns.rrset.from_text_list(query.name, HOSTS_TTL, "IN", query.type, texts)]
+        answer.answer = [dns.rrset.from_text_list(query.name, ttl, "IN", query.type, texts)]
     return answer
 
 

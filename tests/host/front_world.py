@@ -111,6 +111,7 @@ class Gateway:
         self.confirmed: list[dict[str, Any]] = []
         self.status: dict[str, Any] = {}
         self.waits: list[dict[str, Any]] = []
+        self.waiting = 0
         self.answers: dict[str, Decision] = {}
         self._runs: dict[str, dict[str, Any]] = {}
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
@@ -199,7 +200,15 @@ class Gateway:
     async def _decide(self, call: Call) -> Mapping[str, Any]:
         action = call.parameters["action"]
         final = not call.parameters.get("provisional")
-        self.asked.append({"run": call.parameters["run"], "action": action, "final": final})
+        approval = call.parameters.get("approval") or ""
+        self.asked.append(
+            {
+                "run": call.parameters["run"],
+                "action": action,
+                "final": final,
+                "approval": approval,
+            }
+        )
         attributes = action.get("attributes") or {}
         keys = [attributes.get("host"), *attributes.get("addresses", ()), action["target"]]
         rule = next((self.rules[k] for k in keys if k in self.rules), decision("deny"))
@@ -214,8 +223,12 @@ class Gateway:
         """What the test puts into `answers`, once it does."""
         p = call.parameters
         self.waits.append(p)
-        while p["approval"] not in self.answers:
-            await asyncio.sleep(0.01)
+        self.waiting += 1
+        try:
+            while p["approval"] not in self.answers:
+                await asyncio.sleep(0.01)
+        finally:
+            self.waiting -= 1
         return {"decision": self.answers[p["approval"]].as_json()}
 
     def _report(self, call: Call) -> Mapping[str, Any]:
@@ -550,6 +563,13 @@ class World:
         options = ["--silent", "--show-error", "--max-time", "8", "--cacert", str(self.ca)]
         return self.lab.governed(
             run, "curl", *options, *arguments, check=False, env=_without_proxies()
+        )
+
+    def start_curl(self, *arguments: str, run: str = RUN) -> subprocess.Popen[str]:
+        """One that may take its time; whoever calls ends it."""
+        options = ["--silent", "--show-error", "--insecure", "--max-time", "60"]
+        return self.lab.start_governed(
+            run, "curl", *options, *arguments, stderr=subprocess.PIPE, env=_without_proxies()
         )
 
     def python(self, script: str, *arguments: str, run: str = RUN) -> str:

@@ -164,8 +164,10 @@ class Lab:
         """A command in that run's cgroup, to its end."""
         return call(self._governed(run, argv, uid), **options)
 
-    def start_governed(self, run: str, *argv: str, uid: int = 0) -> subprocess.Popen[str]:
-        return self._start(self._governed(run, argv, uid))
+    def start_governed(
+        self, run: str, *argv: str, uid: int = 0, **options: Any
+    ) -> subprocess.Popen[str]:
+        return self._start(self._governed(run, argv, uid), **options)
 
     def _governed(self, run: str, argv: Sequence[str], uid: int) -> list[str]:
         procs = self.make_run(run) / "cgroup.procs"

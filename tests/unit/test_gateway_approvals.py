@@ -288,6 +288,17 @@ def test_waiting_for_what_is_not_ones_own_is_an_error(gateway: Gateway) -> None:
             asyncio.run(gateway.wait_approval(other.id, approval, 0.01))
 
 
+def test_a_run_can_look_at_what_waits_for_it_and_not_at_others(gateway: Gateway) -> None:
+    run, other = start_run(gateway), start_run(gateway)
+    asked = ask(gateway, run)
+    ask(gateway, other, transfer(6))
+    method = "io.agentassembly.Gateway.GetInfo"
+    function, parameters = run_service(gateway, run.id).find({"method": method})
+    told = function(Call(method, parameters, False, Peer(1, 2, 3, run.cgroup)))
+    assert isinstance(told, dict)
+    assert [(w["approval"], w["target"]) for w in told["waiting"]] == [(asked.approval, "transfer")]
+
+
 def test_a_run_that_ended_waits_for_nothing(gateway: Gateway) -> None:
     run = start_run(gateway)
     asked = ask(gateway, run)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from aa.model import Action, Decision, Effect, Report
 from aa.proxy import dns as forwarder
+from aa.proxy import placeholder
 from aa.proxy.ask import Refusals
 from aa.proxy.dns import (
     Forwarder,
@@ -33,6 +34,8 @@ from aa.proxy.dns import (
 )
 from aa.proxy.hostdns import HostNames, Nameservers
 from aa.proxy.identify import Client, Stranger
+from aa.proxy.placeholder import NAMES_PER_RUN, RUNS_LIMIT, Placeholders
+from aa.proxy.placeholder import NETWORK as PLACEHOLDERS
 
 
 def wire(name: str = "abc.test", kind: str = "A", **more: Any) -> bytes:
@@ -230,6 +233,46 @@ def test_a_denied_name_is_not_answered_from_the_hosts_file(tmp_path: Path) -> No
         tmp_path, Brain(Effect.DENY), lambda f: f.answer(wire(), CLIENT, udp=True)
     )
     assert rcode(result) == "REFUSED" and reports == []
+
+
+def test_a_name_that_a_person_is_asked_about_gets_a_placeholder_and_nobody_is_asked_for_it(
+    tmp_path: Path,
+) -> None:
+    async def act(f: Forwarder) -> Any:
+        answers = [await f.answer(wire("ask.test", k), CLIENT, udp=True) for k in ("A", "AAAA")]
+        (record,) = dns.message.from_wire(answers[0]).answer
+        address = ip_address(str(record[0]))
+        of_others = f.placeholders.name_of("run2", address)
+        return address, f.placeholders.name_of("run1", address), of_others, answers[1]
+
+    (address, name, of_others, v6), reports = serve(tmp_path, Brain(Effect.ASK), act)
+    assert address in PLACEHOLDERS and (name, of_others) == ("ask.test", None)
+    assert rcode(v6) == "NOERROR" and not dns.message.from_wire(v6).answer
+    assert reports == []
+
+
+def test_placeholders_stay_the_same_are_bounded_and_never_stand_for_two_names() -> None:
+    placeholders = Placeholders()
+    first = placeholders.give("r", "a.test")
+    assert placeholders.give("r", "a.test") == first
+    given = {placeholders.give("r", f"n{n}.test"): f"n{n}.test" for n in range(3 * NAMES_PER_RUN)}
+    assert placeholders.name_of("r", first) is None
+    kept = [a for a in given if placeholders.name_of("r", a) is not None]
+    assert len(kept) == NAMES_PER_RUN and len(given) == 3 * NAMES_PER_RUN
+    assert all(placeholders.name_of("r", a) == given[a] and a in PLACEHOLDERS for a in kept)
+    for n in range(RUNS_LIMIT):
+        placeholders.give(f"r{n}", "a.test")
+    assert placeholders.name_of("r", kept[-1]) is None
+
+
+def test_addresses_begin_again_when_all_were_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholder, "NAMES_PER_RUN", 4)
+    monkeypatch.setattr(placeholder, "_COUNT", 6)
+    placeholders = Placeholders()
+    given = [placeholders.give("r", f"n{n}.test") for n in range(9)]
+    assert given[:3] == given[6:]
+    names = [placeholders.name_of("r", a) for a in given[5:]]
+    assert names == ["n5.test", "n6.test", "n7.test", "n8.test"]
 
 
 def test_a_stranger_is_refused_without_asking(tmp_path: Path) -> None:
