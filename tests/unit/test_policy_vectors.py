@@ -15,6 +15,9 @@ FOLDER = Path(__file__).parents[1] / "vectors/policy"
 FILES = [vectors(path.read_bytes(), file=path.name) for path in sorted(FOLDER.glob("*.toml"))]
 SILENT = {
     "p/lifts",
+    "p/www",
+    "trial/paths",
+    "p/hooks",
     "p/addresses",
     "p/asks",
     "p/a-tool",
@@ -54,7 +57,7 @@ def test_every_rule_of_the_vectors_decides_somewhere() -> None:
     for v in FILES:
         deciding = {case.expect["rule"] for case in v.cases}
         unused = {rule.ref for rule in policy(v).rules} - deciding
-        assert unused <= SILENT
+        assert sorted(unused - SILENT) == []
 
 
 CASE = """
