@@ -11,7 +11,7 @@ PYTEST := $(PYTHON) -m pytest --durations=10 -ra
 # Guests under emulation take minutes: they belong to lab-full.
 LAB := tests/lab --ignore=tests/lab/qemu
 
-.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench deps inspect clean
+.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench fuzz deps inspect clean
 
 build: deps
 	$(MAKE) --no-print-directory -C probes all
@@ -57,6 +57,7 @@ test-lab: deb
 lab-full: deb
 	@packaging/install-packages packaging/packages-full.txt
 	$(PYTEST) tests/full tests/lab/qemu
+	$(MAKE) --no-print-directory fuzz
 
 demo: deb
 	$(PYTHON) -m tests.lab.demo
@@ -71,6 +72,18 @@ lint: $(LINT)/bin/ruff
 	$(LINT)/bin/ruff check --no-cache aa tests benchmarks docs
 	$(LINT)/bin/ruff format --no-cache --check --quiet aa tests benchmarks docs
 	$(LINT)/bin/mypy --cache-dir build/mypy
+
+# Coverage-guided, for some seconds each; the seconds and targets can be given: FUZZ_TARGETS="sniff".
+FUZZ := build/fuzz
+FUZZ_SECONDS ?= 20
+FUZZ_TARGETS ?=
+$(FUZZ)/bin/pip: packaging/requirements-fuzz.txt | deps
+	$(PYTHON) -m venv --system-site-packages $(FUZZ)
+	$(FUZZ)/bin/pip install --quiet --disable-pip-version-check --requirement packaging/requirements-fuzz.txt
+	@touch $@
+
+fuzz: $(FUZZ)/bin/pip
+	$(FUZZ)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 bench: deb
 	$(PYTHON) -m benchmarks
