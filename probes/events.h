@@ -24,6 +24,11 @@
 #define AA_PATH_DEPTH 40     /* steps up: components and mounts */
 #define AA_NAME_MAX 256      /* one component with its NUL */
 #define AA_EXEC_DATA_MAX (AA_FILENAME_MAX + 2 * AA_PATH_MAX + AA_ARGV_MAX)
+#define AA_FILE_DATA_MAX (4 * AA_PATH_MAX) /* two names, and for each a directory */
+
+/* Records of files of one run in one second; the rest is tallied, see AA_VIA_FILES. */
+#define AA_FILE_RATE 2000
+#define AA_MAX_RUNS 512
 
 /* A tally tells of itself at most once in this time. */
 #define AA_TALLY_QUIET_NS 1000000000ULL
@@ -33,6 +38,7 @@ enum aa_kind {
 	AA_EXIT = 2,
 	AA_CONNECT = 3,
 	AA_REFUSED = 4,
+	AA_FILE = 5,
 	AA_KINDS = 8, /* size of the table of counts */
 };
 
@@ -40,6 +46,31 @@ enum aa_via {
 	AA_VIA_CONNECT = 0,  /* connect(), TCP fast open among it */
 	AA_VIA_DATAGRAM = 1, /* sendto() on a socket that is not connected */
 	AA_VIA_FOREIGN = 2,  /* connect() on a socket that was made outside every run */
+	AA_VIA_FILES = 3,    /* no connection: file calls of a run beyond its rate */
+};
+
+/* System calls that open for writing, make, remove or rename a file. */
+enum aa_call {
+	AA_CALL_OPEN = 1,
+	AA_CALL_OPENAT = 2,
+	AA_CALL_OPENAT2 = 3,
+	AA_CALL_CREAT = 4,
+	AA_CALL_OPEN_BY_HANDLE_AT = 5,
+	AA_CALL_TRUNCATE = 6,
+	AA_CALL_MKDIR = 7,
+	AA_CALL_MKDIRAT = 8,
+	AA_CALL_MKNOD = 9,
+	AA_CALL_MKNODAT = 10,
+	AA_CALL_LINK = 11,
+	AA_CALL_LINKAT = 12,
+	AA_CALL_SYMLINK = 13,
+	AA_CALL_SYMLINKAT = 14,
+	AA_CALL_UNLINK = 15,
+	AA_CALL_UNLINKAT = 16,
+	AA_CALL_RMDIR = 17,
+	AA_CALL_RENAME = 18,
+	AA_CALL_RENAMEAT = 19,
+	AA_CALL_RENAMEAT2 = 20,
 };
 
 enum aa_reason {
@@ -59,6 +90,13 @@ enum aa_flags {
 	AA_EXE_CUT = 1 << 3,
 	AA_CWD_CUT = 1 << 4,
 	AA_OUTSIDE = 1 << 5, /* the process is in no run, the socket is */
+	/* Of a file: */
+	AA_OPENED = 1 << 6,   /* dir is the path of the file itself, as the kernel holds it */
+	AA_CREATED = 1 << 7,  /* the call made the file that it opened */
+	AA_TEXT_CUT = 1 << 8, /* of a name: longer than its room, or its memory could not be read */
+	AA_DIR_CUT = 1 << 9,  /* of a directory: longer than its room, or not found */
+	AA_TO_CUT = 1 << 10,
+	AA_TO_DIR_CUT = 1 << 11,
 };
 
 struct aa_head {
@@ -93,6 +131,26 @@ struct aa_exit {
 	__u64 age_ns;
 	__u32 status; /* as wait() tells it */
 	__u32 pad;
+};
+
+/*
+ * data: name, directory, second name, its directory, without gaps. A name is what the
+ * program's memory held when the call returned, with its NUL; a directory is components
+ * from the leaf up, and is there when the name does not begin at the root.
+ */
+struct aa_file {
+	struct aa_head head;
+	__u64 inode; /* of an opened file */
+	__u32 device;
+	__u32 call_flags; /* O_*, AT_* or RENAME_*, as the call takes them */
+	__s32 result;     /* 0 or the negative errno */
+	__u16 text_len;
+	__u16 dir_len;
+	__u16 to_len;
+	__u16 to_dir_len;
+	__u8 call; /* enum aa_call */
+	__u8 pad[3];
+	char data[AA_FILE_DATA_MAX];
 };
 
 /* What is counted together. Also the key of a refusal. */

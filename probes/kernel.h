@@ -75,6 +75,7 @@ struct super_block {
 
 struct inode {
 	unsigned short i_mode;
+	unsigned int i_rdev;
 	unsigned long i_ino;
 	struct super_block *i_sb;
 };
@@ -100,6 +101,7 @@ struct path {
 };
 
 struct file {
+	unsigned int f_mode;
 	struct path f_path;
 	struct inode *f_inode;
 	void *private_data;
@@ -118,7 +120,12 @@ struct fs_struct {
 	struct path pwd;
 };
 
+struct thread_info {
+	unsigned int status; /* x86 */
+};
+
 struct task_struct {
+	struct thread_info thread_info;
 	int exit_code;
 	pid_t pid;
 	pid_t tgid;
@@ -165,6 +172,19 @@ struct sock {
 struct socket {
 	struct sock *sk;
 };
+
+/* The registers of a system call. The name behind the dashes is nobody's: the C library has the other. */
+#if defined(__TARGET_ARCH_x86)
+struct pt_regs___call {
+	unsigned long orig_ax, di, si, dx, r10, r8;
+};
+#elif defined(__TARGET_ARCH_arm64)
+struct pt_regs___call {
+	unsigned long regs[31];
+	unsigned long orig_x0;
+	int syscallno;
+};
+#endif
 
 #pragma clang attribute pop
 

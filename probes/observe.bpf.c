@@ -1,54 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /*
- * What governed runs do: exec, exit, and where they ask to connect to. Refuses
- * nothing. Programs on tracepoints run for every task of the machine, so the first
- * thing each does is to return for what is not below aa-agents.slice; the cgroup
- * programs are attached to that slice and cost others nothing.
+ * What governed runs do: exec, exit, where they ask to connect to, and which files they
+ * open for writing, make, remove and rename. Refuses nothing. Programs on tracepoints run
+ * for every task of the machine, so the first thing each does is to return for what is
+ * not below aa-agents.slice; the cgroup programs are attached to that slice and cost
+ * others nothing.
  */
 #include "shared.bpf.h"
+#include "path.bpf.h"
+#include "calls.bpf.h"
 
 #define TCP_SYN_SENT 2
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define SOCK_STREAM 1
 #define SIGNAL_GROUP_EXIT 0x4
+#define FMODE_CREATED (1 << 20)
+#define MODE_FORMAT 0170000
+#define MODE_CHARACTER 0020000
+#define DEVICE_NULL (1 << 20 | 3) /* /dev/null, as the kernel counts devices */
+#define NEVER_RETURNED (-512)      /* from here on down a result is the kernel's own: the call goes on */
+#define SECOND_NS 1000000000ULL
 
 char LICENSE[] SEC("license") = "GPL";
-
-/*
- * A walk from a file up to the root of its mount namespace. It lies in a map and not on
- * the stack, where the verifier would follow its numbers from step to step and, on
- * older kernels, never see an end.
- */
-struct aa_walk {
-	__u64 dentry;
-	__u64 mount;
-	__u32 start; /* where in the record's data */
-	__u32 len;
-	__u32 complete;
-	__u32 pad;
-};
-
-/* An exec record is put together here and then copied, so that a short one takes
- * little of the ring. Tracepoints are not preempted by each other on one CPU. */
-struct aa_draft {
-	struct aa_walk walk;
-	struct aa_exec exec;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct aa_draft);
-} aa_drafts SEC(".maps");
-
-static __always_inline struct aa_draft *aa_draft_here(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&aa_drafts, &zero);
-}
 
 /* Processes whose end is told already: two last threads can end at the same time. */
 struct aa_process {
@@ -74,79 +48,10 @@ static __always_inline const struct aa_config *aa_observes(void)
 	return config;
 }
 
-/* One step: writes one name, or goes from a mount to what it is mounted on. */
-static long aa_step_up(__u32 step, void *unused)
-{
-	struct aa_draft *draft = aa_draft_here();
-	struct dentry *dentry, *parent;
-	struct mount *mount, *above;
-	struct aa_walk *walk;
-	__u32 at;
-	long written;
-
-	if (!draft)
-		return 1;
-	walk = &draft->walk;
-	dentry = (void *)walk->dentry;
-	mount = (void *)walk->mount;
-	if (dentry == BPF_CORE_READ(mount, mnt.mnt_root)) {
-		above = BPF_CORE_READ(mount, mnt_parent);
-		if (above == mount) {
-			walk->complete = 1;
-			return 1;
-		}
-		walk->dentry = (__u64)BPF_CORE_READ(mount, mnt_mountpoint);
-		walk->mount = (__u64)above;
-		return 0;
-	}
-	at = walk->start + walk->len;
-	if (walk->len > AA_PATH_MAX - AA_NAME_MAX || at > AA_EXEC_DATA_MAX - AA_NAME_MAX)
-		return 1;
-	written = bpf_probe_read_kernel_str(&draft->exec.data[at], AA_NAME_MAX,
-					    BPF_CORE_READ(dentry, d_name.name));
-	if (written <= 0)
-		return 1;
-	walk->len += written;
-	parent = BPF_CORE_READ(dentry, d_parent);
-	if (parent == dentry) { /* below no mount: a memfd, an unlinked tree */
-		walk->complete = 1;
-		return 1;
-	}
-	walk->dentry = (__u64)parent;
-	return 0;
-}
-
-/*
- * The parts of an exec record. Each is a global function, which the verifier judges by
- * itself: as one program their bounds multiply, and older kernels give up.
- *
- * This one writes the components of a path into the draft from `start` on, from the leaf
- * to the root of the mount namespace; a chroot does not shorten it. Returns their length
- * and sets `cut` in the draft's flags when the bounds were met first.
- */
-__noinline __u32 aa_components(__u64 address, __u32 start, __u32 cut)
-{
-	const struct path *path = (void *)address;
-	struct aa_draft *draft = aa_draft_here();
-
-	if (!draft)
-		return 0;
-	draft->walk.dentry = (__u64)BPF_CORE_READ(path, dentry);
-	draft->walk.mount =
-		(__u64)BPF_CORE_READ(path, mnt) - bpf_core_field_offset(struct mount, mnt);
-	draft->walk.start = start;
-	draft->walk.len = 0;
-	draft->walk.complete = 0;
-	bpf_loop(AA_PATH_DEPTH, aa_step_up, NULL, 0);
-	if (!draft->walk.complete)
-		draft->exec.head.flags |= cut;
-	return draft->walk.len;
-}
-
 /* Writes the name that was asked for to the beginning of the data. Returns its length with its NUL. */
 __noinline __u32 aa_filename(__u64 address)
 {
-	struct aa_draft *draft = aa_draft_here();
+	struct aa_draft *draft = aa_draft_of(AA_DRAFT_EXEC);
 	long read;
 
 	if (!draft)
@@ -161,18 +66,18 @@ __noinline __u32 aa_filename(__u64 address)
 	return read;
 }
 
-/* Writes the arguments to the data from `start` on. Returns how many bytes that took. */
+/* Writes the arguments to the record from `start` on. Returns how many bytes that took. */
 __noinline __u32 aa_arguments(__u64 address, __u64 len, __u32 start)
 {
-	struct aa_draft *draft = aa_draft_here();
+	struct aa_draft *draft = aa_draft_of(AA_DRAFT_EXEC);
 
-	if (!draft || start > AA_EXEC_DATA_MAX - AA_ARGV_MAX)
+	if (!draft || start > AA_DRAFT_BYTES - AA_ARGV_MAX)
 		return 0;
 	if (len > AA_ARGV_MAX) {
 		len = AA_ARGV_MAX;
 		draft->exec.head.flags |= AA_ARGV_CUT;
 	}
-	if (bpf_probe_read_user(&draft->exec.data[start], len, (void *)address)) {
+	if (bpf_probe_read_user(&draft->bytes[start], len, (void *)address)) {
 		draft->exec.head.flags |= AA_ARGV_UNREAD;
 		return 0;
 	}
@@ -184,7 +89,7 @@ int BPF_PROG(aa_on_exec, struct task_struct *task, pid_t old_pid, struct linux_b
 {
 	const struct aa_config *config = aa_observes();
 	struct aa_count *count = aa_counted(AA_EXEC);
-	struct aa_draft *draft = aa_draft_here();
+	struct aa_draft *draft = aa_draft_of(AA_DRAFT_EXEC);
 	struct aa_exec *record;
 	struct fs_struct *fs;
 	struct file *file;
@@ -201,14 +106,14 @@ int BPF_PROG(aa_on_exec, struct task_struct *task, pid_t old_pid, struct linux_b
 	record->device = BPF_CORE_READ(file, f_inode, i_sb, s_dev);
 	record->argc = BPF_CORE_READ(bprm, argc);
 
-	len = aa_filename((__u64)BPF_CORE_READ(bprm, filename));
-	record->filename_len = len;
-	record->exe_len = aa_components((__u64)&file->f_path, len, AA_EXE_CUT);
+	record->filename_len = aa_filename((__u64)BPF_CORE_READ(bprm, filename));
+	len = offsetof(struct aa_exec, data) + record->filename_len;
+	record->exe_len = aa_components((__u64)&file->f_path, len, AA_EXE_CUT, AA_DRAFT_EXEC);
 	len += record->exe_len;
 	record->cwd_len = 0;
 	if (record->data[0] != '/') {
 		fs = BPF_CORE_READ(task, fs);
-		record->cwd_len = aa_components((__u64)&fs->pwd, len, AA_CWD_CUT);
+		record->cwd_len = aa_components((__u64)&fs->pwd, len, AA_CWD_CUT, AA_DRAFT_EXEC);
 		len += record->cwd_len;
 	}
 	start = BPF_CORE_READ(task, mm, arg_start);
@@ -216,7 +121,6 @@ int BPF_PROG(aa_on_exec, struct task_struct *task, pid_t old_pid, struct linux_b
 	record->argv_len = aa_arguments(start, end - start, len);
 	len += record->argv_len;
 
-	len += offsetof(struct aa_exec, data);
 	if (len > sizeof(*record))
 		len = sizeof(*record); /* cannot be: each part above has its bound */
 	record->head.size = len;
@@ -262,6 +166,205 @@ int BPF_PROG(aa_on_exit, struct task_struct *task)
 	record->pad = 0;
 	aa_add(&count->events);
 	bpf_ringbuf_submit(record, 0);
+	return 0;
+}
+
+/* Files. */
+
+struct aa_rate {
+	__u64 since;
+	__u64 told;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, AA_MAX_RUNS);
+	__type(key, __u64);
+	__type(value, struct aa_rate);
+} aa_file_rates SEC(".maps");
+
+/* True while the run is within its rate. */
+static __always_inline int aa_file_may_tell(__u64 run)
+{
+	struct aa_rate *rate, fresh = {};
+	__u64 now = bpf_ktime_get_boot_ns();
+
+	rate = bpf_map_lookup_elem(&aa_file_rates, &run);
+	if (!rate) {
+		bpf_map_update_elem(&aa_file_rates, &run, &fresh, BPF_NOEXIST);
+		rate = bpf_map_lookup_elem(&aa_file_rates, &run);
+		if (!rate)
+			return 0;
+	}
+	if (now - rate->since > SECOND_NS) {
+		rate->since = now;
+		rate->told = 0;
+	}
+	return __sync_fetch_and_add(&rate->told, 1) < AA_FILE_RATE;
+}
+
+/* Writes a name from the program's memory to a file record from `start` on. Returns its length with its NUL. */
+__noinline __u32 aa_file_text(__u64 address, __u32 start, __u32 cut)
+{
+	struct aa_draft *draft = aa_draft_of(AA_DRAFT_FILE);
+	long read;
+
+	if (!draft || start > AA_DRAFT_BYTES - AA_PATH_MAX)
+		return 0;
+	read = bpf_probe_read_user_str(&draft->bytes[start], AA_PATH_MAX, (void *)address);
+	if (read < 1) {
+		draft->head.flags |= cut;
+		return 0;
+	}
+	if (read == AA_PATH_MAX)
+		draft->head.flags |= cut;
+	return read;
+}
+
+/* Writes the directory that a relative name begins in: that of a descriptor, or the working directory. */
+__noinline __u32 aa_file_directory(int fd, __u32 start, __u32 cut)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct aa_draft *draft = aa_draft_of(AA_DRAFT_FILE);
+	struct fs_struct *fs;
+	struct file *file;
+
+	if (fd == AT_FDCWD) {
+		fs = BPF_CORE_READ(task, fs);
+		return aa_components((__u64)&fs->pwd, start, cut, AA_DRAFT_FILE);
+	}
+	file = aa_open_file(fd);
+	if (file)
+		return aa_components((__u64)&file->f_path, start, cut, AA_DRAFT_FILE);
+	if (draft)
+		draft->head.flags |= cut;
+	return 0;
+}
+
+/* Whether a name that was written to `at` is there and does not begin at the root. */
+static __always_inline int aa_relative(struct aa_draft *draft, __u32 at, __u32 len)
+{
+	return len && at < AA_DRAFT_BYTES && draft->bytes[at] != '/';
+}
+
+/* What an open() returned: the file itself, as the kernel holds it. Returns the length of its path. */
+static __always_inline __u32 aa_opened(struct aa_file *record, struct file *file, __u32 start)
+{
+	__u32 len;
+
+	record->inode = BPF_CORE_READ(file, f_inode, i_ino);
+	record->device = BPF_CORE_READ(file, f_inode, i_sb, s_dev);
+	if (BPF_CORE_READ(file, f_mode) & FMODE_CREATED)
+		record->head.flags |= AA_CREATED;
+	len = aa_components((__u64)&file->f_path, start, AA_DIR_CUT, AA_DRAFT_FILE);
+	if (len) /* a pipe or a socket, opened once more, lies in no directory */
+		record->head.flags |= AA_OPENED;
+	return len;
+}
+
+static __always_inline int aa_is_null_device(struct file *file)
+{
+	struct inode *inode = BPF_CORE_READ(file, f_inode);
+
+	return (BPF_CORE_READ(inode, i_mode) & MODE_FORMAT) == MODE_CHARACTER &&
+	       BPF_CORE_READ(inode, i_rdev) == DEVICE_NULL;
+}
+
+/*
+ * A system call has returned. Nothing else tells of files on every kernel that we run on,
+ * and here the result is known, the opened file among it. A name that was no open() may
+ * have been changed by another thread since the kernel read it: it is evidence.
+ */
+SEC("tp_btf/sys_exit")
+int BPF_PROG(aa_on_file, struct pt_regs *regs, long result)
+{
+	const struct aa_config *config;
+	struct aa_tally *tally = NULL;
+	struct aa_tally_key key = {};
+	struct aa_named named = {};
+	struct file *file = NULL;
+	struct aa_count *count;
+	struct aa_draft *draft;
+	struct aa_file *record;
+	__u64 how;
+	__u32 len;
+
+	aa_call_of((void *)regs, &named);
+	if (!named.call)
+		return 0;
+	config = aa_observes();
+	if (!config || result <= NEVER_RETURNED || aa_compat())
+		return 0;
+	if (named.call == AA_CALL_OPENAT2) {
+		const struct pt_regs___call *call = (void *)regs;
+
+		/* struct open_how begins with the flags. */
+		if (bpf_probe_read_user(&how, sizeof(how), (void *)AA_CALL_ARG2(call)))
+			return 0;
+		named.flags = how;
+	}
+	if (named.opens) {
+		if (named.flags & O_PATH)
+			return 0;
+		if (!(named.flags & (O_ACCMODE | O_CREAT | O_TRUNC)))
+			return 0;
+		if (result >= 0)
+			file = aa_open_file(result);
+		if (file && aa_is_null_device(file))
+			return 0;
+		if (!file && !named.text)
+			return 0; /* a handle that opened nothing has no name */
+	}
+
+	count = aa_counted(AA_FILE);
+	draft = aa_draft_of(AA_DRAFT_FILE);
+	if (!count || !draft)
+		return 0;
+	key.cgroup = aa_current_run(config);
+	if (!aa_file_may_tell(key.cgroup)) {
+		key.via = AA_VIA_FILES;
+		aa_count_up(&key, count, &tally);
+		return 0;
+	}
+	record = &draft->file;
+	aa_begin(&record->head, AA_FILE, 0, key.cgroup);
+	aa_who(&record->head, config);
+	record->inode = 0;
+	record->device = 0;
+	record->call = named.call;
+	record->call_flags = named.flags;
+	record->result = result < 0 ? result : 0;
+	record->text_len = record->dir_len = record->to_len = record->to_dir_len = 0;
+
+	len = offsetof(struct aa_file, data);
+	if (file)
+		record->dir_len = aa_opened(record, file, len);
+	if (!record->dir_len) {
+		record->text_len = aa_file_text(named.text, len, AA_TEXT_CUT);
+		len += record->text_len;
+		/* What a symbolic link says is no path of ours. */
+		if (named.call != AA_CALL_SYMLINK && named.call != AA_CALL_SYMLINKAT &&
+		    aa_relative(draft, offsetof(struct aa_file, data), record->text_len))
+			record->dir_len = aa_file_directory(named.dir, len, AA_DIR_CUT);
+	}
+	len += record->dir_len;
+	if (named.to) {
+		__u32 at = len;
+
+		record->to_len = aa_file_text(named.to, len, AA_TO_CUT);
+		len += record->to_len;
+		if (aa_relative(draft, at, record->to_len))
+			record->to_dir_len = aa_file_directory(named.to_dir, len, AA_TO_DIR_CUT);
+		len += record->to_dir_len;
+	}
+	if (len > sizeof(*record))
+		len = sizeof(*record); /* cannot be: each part above has its bound */
+	record->head.size = len;
+	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_FILES ||
+	    bpf_ringbuf_output(&aa_events, record, len, 0))
+		aa_add(&count->lost);
+	else
+		aa_add(&count->events);
 	return 0;
 }
 

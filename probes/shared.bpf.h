@@ -47,6 +47,8 @@ struct {
  * cannot hide what is started, and for the canary, so that one run's flood cannot keep
  * the others from being started. */
 #define AA_RING_FOR_NET (AA_RING_BYTES - AA_RING_BYTES / 4)
+/* And a flood of files leaves as much for connections. */
+#define AA_RING_FOR_FILES (AA_RING_BYTES / 2)
 
 /* Levels of nested pid namespaces that are searched for the loader's own. */
 #define AA_PIDNS_DEPTH 8

@@ -35,7 +35,7 @@ CLOSED_PORT = 9
 """Discard: nobody listens, and it is no end of the proxy."""
 
 _JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
-_WANTED = {"exec", "exit", "connect", "datagram"}
+_WANTED = frozenset({"exec", "exit", "connect", "datagram"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Canary:
         self._allowed = allowed_port  # of one of the proxy's own ends
         self._cgroups: set[int] = set()
         self._seen: set[str] = set()
+        self._wanted = _WANTED
         self._enough = asyncio.Event()
 
     def saw(self, cgroup: int, event: Event | None) -> bool:
@@ -62,7 +63,7 @@ class Canary:
             return False
         if event is not None:
             self._seen.add(_name(event))
-            if self._seen >= _WANTED:
+            if self._seen >= self._wanted:
                 self._enough.set()
         return True
 
@@ -88,6 +89,7 @@ class Canary:
         self._cgroups = {own}  # of the last flight: its late events are forgotten with it
         self._seen.clear()
         self._enough.clear()
+        self._wanted = _WANTED | ({"file"} if self._loader.files_watched else set())
         before = refusals(self._loader.tallies(), own)
         try:
             tried = await _send_child(directory, self._allowed)
@@ -97,7 +99,10 @@ class Canary:
         finally:
             _remove(directory)
         after = refusals(self._loader.tallies(), own)
-        observe = tuple(f"the canary's {x} was not seen" for x in sorted(_WANTED - self._seen))
+        unseen = self._wanted - self._seen
+        if not self._loader.files_watched:  # any more
+            unseen -= {"file"}
+        observe = tuple(f"the canary's {x} was not seen" for x in sorted(unseen))
         return Proof(tuple(judge(tried, before, after, self._allowed)), observe)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -36,6 +37,11 @@ def make_socket(name: str) -> None:
     socket.socket(socket.AF_INET, kind, protocol).close()
 
 
+def remove_nothing() -> None:
+    """A file call that changes nothing wherever it is made; an attempt is seen as well."""
+    os.unlink("/nonexistent/aa-canary")
+
+
 def outcome(attempt: Callable[[], None]) -> int:
     try:
         attempt()
@@ -46,6 +52,7 @@ def outcome(attempt: Callable[[], None]) -> int:
 
 if __name__ == "__main__":
     refused, allowed = int(sys.argv[1]), int(sys.argv[2])
+    outcome(remove_nothing)
     tried = {
         "refused": outcome(partial(send_connected, refused)),
         "allowed": outcome(partial(send_to, allowed)),

@@ -8,9 +8,11 @@ bytes at all become text.
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAYOUT = 2
 
@@ -19,23 +21,58 @@ ARGV_MAX = 1024
 FILENAME_MAX = 512
 PATH_MAX = 1024
 
-EXEC, EXIT, CONNECT, REFUSED = 1, 2, 3, 4
-KIND_NAMES = {EXEC: "exec", EXIT: "exit", CONNECT: "connect", REFUSED: "refused"}
+FILE_RATE = 2000
 
-VIA_CONNECT, VIA_DATAGRAM, VIA_FOREIGN = 0, 1, 2
+EXEC, EXIT, CONNECT, REFUSED, FILE = 1, 2, 3, 4, 5
+KIND_NAMES = {EXEC: "exec", EXIT: "exit", CONNECT: "connect", REFUSED: "refused", FILE: "file"}
+
+VIA_CONNECT, VIA_DATAGRAM, VIA_FOREIGN, VIA_FILES = 0, 1, 2, 3
 
 REFUSED_END, REFUSED_FRAGMENT, REFUSED_HEADER, REFUSED_INTERFACE = 1, 2, 3, 4
 REFUSED_SOCKET, REFUSED_JOIN = 5, 6
 
 ARGV_CUT, ARGV_UNREAD, FILENAME_CUT, EXE_CUT, CWD_CUT, OUTSIDE = (1 << n for n in range(6))
+OPENED, CREATED, TEXT_CUT, DIR_CUT, TO_CUT, TO_DIR_CUT = (1 << n for n in range(6, 12))
+
+CALLS = (
+    "",  # numbers begin with 1
+    "open",
+    "openat",
+    "openat2",
+    "creat",
+    "open_by_handle_at",
+    "truncate",
+    "mkdir",
+    "mkdirat",
+    "mknod",
+    "mknodat",
+    "link",
+    "linkat",
+    "symlink",
+    "symlinkat",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "rename",
+    "renameat",
+    "renameat2",
+)
+"""System calls by their number in enum aa_call."""
+MISSING = "…"
+"""Where a part of a path, or all of it, is not told."""
+AT_REMOVEDIR = 0x200
+_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+RENAME_EXCHANGE = 2
 
 HEAD = struct.Struct("=HBBIQQIIII16s")
 EXEC_FIXED = struct.Struct("=QIIHHHH")
 EXIT_REST = struct.Struct("=QII")
+FILE_FIXED = struct.Struct("=QIIiHHHHB3s")
 KEY = struct.Struct("=Q16sHHBBBB")
 TOTAL = struct.Struct("=Q")
 
 EXEC_SIZE = HEAD.size + EXEC_FIXED.size
+FILE_SIZE = HEAD.size + FILE_FIXED.size
 EXIT_SIZE = HEAD.size + EXIT_REST.size
 NET_SIZE = HEAD.size + KEY.size + TOTAL.size
 
@@ -92,6 +129,52 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A call that opens for writing, makes, removes or renames a file, when it has returned.
+
+    Paths are as the run's mount namespace has them. `exact`: the kernel's own path of the
+    opened file; otherwise it is what the program's memory said, made absolute.
+    """
+
+    head: Head
+    call: str
+    path: str  # the file that is written, made or removed; before a rename
+    to: str  # after a rename; what a link leads to
+    flags: int  # as the call takes them
+    error: int  # errno; 0 when it succeeded
+    exact: bool
+    inode: int = 0
+    device: tuple[int, int] = (0, 0)
+    gathered: bool = False
+    """Stands for the files of a directory, or of the whole run, that are too many to be told one by one."""
+
+    @property
+    def action(self) -> str:
+        """`open`, `unlink` or `rename`."""
+        if self.call.startswith("rename"):
+            return "rename"
+        return "unlink" if self.call in ("unlink", "unlinkat", "rmdir") else "open"
+
+    @property
+    def access(self) -> str:
+        """`create` where the call makes the file, or was to; else `write`."""
+        if self.call.startswith("open") or self.call == "creat":
+            made = self.head.flags & CREATED if not self.error else self.flags & os.O_CREAT
+            return "create" if made or self.flags & _TMPFILE else "write"
+        return "write" if self.call == "truncate" else "create"
+
+    def of_directory(self) -> File:
+        """The same, said of its directory."""
+        directory = self.path.rpartition("/")[0] + "/"
+        return replace(self, path=directory, to="", gathered=True, inode=0, device=(0, 0))
+
+    def of_run(self) -> File:
+        """The same, said of no place, no program and no result: a run cannot make many of these."""
+        head = replace(self.head, flags=0, pid=0, ppid=0, uid=0, comm="")
+        return replace(self.of_directory(), head=head, path=MISSING, flags=0, error=0, exact=False)
+
+
+@dataclass(frozen=True, slots=True)
 class TallyKey:
     """What is counted together: where something went, and why it was refused if it was."""
 
@@ -136,7 +219,16 @@ class Net:
     refused: bool
 
 
-Event = Exec | Exit | Net
+@dataclass(frozen=True, slots=True)
+class Files:
+    """File calls of a run beyond its rate: only counted."""
+
+    head: Head
+    raw_key: bytes
+    total: int
+
+
+Event = Exec | Exit | File | Files | Net
 
 PROTOCOLS = {
     1: "icmp",
@@ -179,6 +271,8 @@ def decode(record: bytes) -> Event:
             return _exit(head, record)
         case 3 | 4:
             return _net(head, record, refused=kind == REFUSED)
+        case 5:
+            return _file(head, record)
     raise MalformedRecord(f"kind {kind}")
 
 
@@ -188,9 +282,20 @@ def kind_of(event: Event) -> int:
             return EXEC
         case Exit():
             return EXIT
+        case File() | Files():
+            return FILE
         case Net(refused=True):
             return REFUSED
     return CONNECT
+
+
+def of_tally(raw: bytes, count: int, time: int) -> Files | Net:
+    """What a tally counted since it was told last. Raises `MalformedRecord`."""
+    key = tally_key(raw)
+    head = Head(0, time, key.cgroup, 0, 0, 0, "")
+    if key.via == VIA_FILES:
+        return Files(head, raw, count)
+    return Net(head, key, raw, count, bool(key.reason))
 
 
 def tally_key(raw: bytes) -> TallyKey:
@@ -240,6 +345,54 @@ def _exit(head: Head, record: bytes) -> Exit:
     return Exit(head, age, status)
 
 
+def _file(head: Head, record: bytes) -> File:
+    if len(record) < FILE_SIZE:
+        raise MalformedRecord(f"a file of {len(record)} bytes")
+    inode, device, flags, result, *lengths, call, _ = FILE_FIXED.unpack_from(record, HEAD.size)
+    if FILE_SIZE + sum(lengths) != len(record) or max(lengths) > PATH_MAX:
+        raise MalformedRecord(f"parts of {lengths} bytes in {len(record) - FILE_SIZE}")
+    if not 0 < call < len(CALLS) or result > 0:
+        raise MalformedRecord(f"call {call} with result {result}")
+    parts, at = [], FILE_SIZE
+    for length in lengths:
+        parts.append(record[at : at + length])
+        at += length
+    text, directory, to, to_directory = parts
+    name = CALLS[call]
+    if head.flags & OPENED:
+        path = _path(directory, bool(head.flags & DIR_CUT))
+    else:
+        path = _named(text, head.flags & TEXT_CUT, directory, head.flags & DIR_CUT)
+    other = ""
+    if name.startswith(("rename", "link", "symlink")):
+        other = _named(to, head.flags & TO_CUT, to_directory, head.flags & TO_DIR_CUT)
+        if name.startswith("symlink"):
+            path = _text(text.split(b"\0", 1)[0])  # what it says, wherever that is
+        if not name.startswith("rename"):
+            path, other = other, path  # the name that is made
+    return File(
+        head=head,
+        call=name,
+        path=path,
+        to=other,
+        flags=flags,
+        error=-result,
+        exact=bool(head.flags & OPENED) and not head.flags & DIR_CUT,
+        inode=inode,
+        device=(device >> 20, device & 0xFFFFF),
+    )
+
+
+def _named(text: bytes, text_cut: int, directory: bytes, directory_cut: int) -> str:
+    """The absolute path of a name in a program's memory; `…` where something is missing."""
+    name = _text(text.split(b"\0", 1)[0])
+    if text_cut:
+        name += MISSING
+    if not name.startswith("/"):
+        name = _join(_path(directory, bool(directory_cut)), name)
+    return _REPEATED.sub("/", name)
+
+
 def _net(head: Head, record: bytes, *, refused: bool) -> Net:
     if len(record) != NET_SIZE:
         raise MalformedRecord(f"a network record of {len(record)} bytes")
@@ -268,7 +421,10 @@ def _text(raw: bytes) -> str:
 def _path(components: bytes, cut: bool) -> str:
     """A path of its components from the leaf up; `…/` in front when the upper ones are missing."""
     names = [_text(x) for x in components.split(b"\0") if x]
-    return ("…/" if cut else "/") + "/".join(reversed(names))
+    return (f"{MISSING}/" if cut else "/") + "/".join(reversed(names))
+
+
+_REPEATED = re.compile(r"/(?:\.?/)+")  # `//` and `/./`; what `..` leads to only the kernel knows
 
 
 def _join(directory: str, name: str) -> str:

@@ -4,6 +4,9 @@ What is pinned outlives the service: a restart takes the maps over and puts the 
 programs where the old ones are, without a moment in which neither runs. Cgroup links
 change their program by BPF_LINK_UPDATE; programs on tracepoints are attached beside
 the old ones and keep silent until the generation in the configuration names them.
+
+The program on system calls costs every task of the machine a little, so it is attached
+while somebody asks for it only (`watch_files`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Place(enum.Enum):
     """What a program is attached to."""
 
     TRACEPOINT = "tracepoint"
+    CALLS = "system calls"  # while `watch_files` wants them
     AGENTS = "aa-agents.slice"
     PROXY = "aa-agents-proxy.slice"
     NOTHING = "nothing"  # is run by the loader
@@ -62,6 +66,7 @@ PROGRAMS = (
     Program("aa_on_exec", OBSERVE, Place.TRACEPOINT),
     Program("aa_on_exit", OBSERVE, Place.TRACEPOINT),
     Program("aa_on_foreign_connect", OBSERVE, Place.TRACEPOINT),
+    Program("aa_on_file", OBSERVE, Place.CALLS),
     Program("aa_connect4", OBSERVE, Place.AGENTS),
     Program("aa_connect6", OBSERVE, Place.AGENTS),
     Program("aa_sendmsg4", OBSERVE, Place.AGENTS),
@@ -70,6 +75,7 @@ PROGRAMS = (
 )
 OPTIONAL = frozenset({"aa_own_level"})
 """Without these a rung can still be reached."""
+TRACING = (Place.TRACEPOINT, Place.CALLS)
 
 
 class NoPinDirectory(Exception):
@@ -127,6 +133,8 @@ class Loader:
         self._config = Config()
         self._ends: frozenset[bytes] = frozenset()
         self._cpus = 0
+        self.files_watched = False
+        """Whether file calls are to be seen; a life that was killed may have left it so."""
 
     # -- life
 
@@ -177,6 +185,34 @@ class Loader:
             self._pin_link(program, link)
         self._sweep()
 
+    def watch_files(self, wanted: bool) -> bool:
+        """Attaches the programs on system calls, or takes them out. True when that changed anything.
+
+        What cannot be attached shows in `problems`.
+        """
+        changed = False
+        self.files_watched = wanted
+        for program in PROGRAMS:
+            loaded = self._programs.get(program.name)
+            if program.place is not Place.CALLS or loaded is None:
+                continue
+            if wanted and self._problem(program, None):
+                changed |= self._attach_call(program.name, loaded)
+            elif not wanted and loaded.link is not None:
+                os.close(loaded.link)
+                loaded.link = None
+                (self._links_dir / program.name).unlink(missing_ok=True)
+                changed = True
+        return changed
+
+    def _attach_call(self, name: str, loaded: _Loaded) -> bool:
+        try:
+            self._pin_link(name, libbpf.attach_tracing(loaded.fd))
+        except BpfError as e:
+            self.refused[name] = str(e)
+            return False
+        return True
+
     def refresh(self) -> list[str]:
         """Follows the slices: attaches what is not attached to the ones of now.
 
@@ -193,6 +229,8 @@ class Loader:
 
     def problems(self, place: Place) -> list[str]:
         """What is missing at one place, in words. Asks the kernel, not our memory."""
+        if place is Place.CALLS and not self.files_watched:
+            return []
         wanted = self.slices.id(place) if place in (Place.AGENTS, Place.PROXY) else None
         if place in (Place.AGENTS, Place.PROXY) and wanted is None:
             return [f"{place.value} does not exist"]
@@ -265,7 +303,7 @@ class Loader:
 
     def missed(self) -> int:
         """How often a tracing program of ours could not run; each is an event that nobody saw."""
-        tracing = (p.name for p in PROGRAMS if p.place is Place.TRACEPOINT)
+        tracing = (p.name for p in PROGRAMS if p.place in TRACING)
         loaded = (self._programs[name] for name in tracing if name in self._programs)
         return sum(libbpf.program_info(p.fd).missed for p in loaded)
 
@@ -407,8 +445,12 @@ class Loader:
         fresh = {}
         for program in PROGRAMS:
             loaded = self._programs.get(program.name)
-            if program.place is not Place.TRACEPOINT or loaded is None:
+            if program.place not in TRACING or loaded is None:
                 continue
+            if program.place is Place.CALLS:
+                if not (self._links_dir / program.name).exists():
+                    continue
+                self.files_watched = True
             try:
                 fresh[program.name] = libbpf.attach_tracing(loaded.fd)
             except BpfError as e:

@@ -1,4 +1,5 @@
-"""Equal events become one report with a count; what cannot be named yet waits a moment. No I/O, no clock.
+"""Equal events become one report with a count; what cannot be named yet waits a moment; what is too much is
+told by directory. No I/O, no clock.
 
 Every table here is bounded. The caller passes the time (seconds, monotonic) and a
 sink; nothing is ever dropped: a full table lets go of its oldest entry early.
@@ -26,6 +27,14 @@ RECENT_SECONDS = 60.0
 """How long a run's last events are still named after it has ended."""
 MAX_RECENT = 512
 
+DETAIL_SECONDS = 1.0
+MAX_FILES_TOLD = 100
+"""Different files of one run that are told one by one in this time. With the directories it is well
+below what a run may fill of the audit log, above which its actions would be denied."""
+MAX_DIRECTORIES_TOLD = 50
+"""Directories that further ones are gathered in; then there is one number for the run."""
+MAX_DETAILED = 512
+
 
 @dataclass(slots=True)
 class Merged(Generic[T]):
@@ -45,6 +54,10 @@ class Merger(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether an equal event waits."""
+        return key in self._waiting
 
     def add(self, key: Hashable, event: T, count: int, now: float) -> Merged[T] | None:
         """Adds an event. Returns one that had to go because the table was full."""
@@ -115,3 +128,52 @@ class RecentRuns(Generic[T]):
     def get(self, cgroup: int) -> T | None:
         found = self._runs.get(cgroup)
         return found[1] if found else None
+
+
+@dataclass(slots=True)
+class _Spent:
+    since: float
+    files: int = 0
+    directories: int = 0
+
+
+class Detail:
+    """How precisely the files of each run are told: a share for each, renewed every moment."""
+
+    def __init__(
+        self,
+        *,
+        files: int = MAX_FILES_TOLD,
+        directories: int = MAX_DIRECTORIES_TOLD,
+        seconds: float = DETAIL_SECONDS,
+        limit: int = MAX_DETAILED,
+    ) -> None:
+        self._files = files
+        self._directories = directories
+        self._seconds = seconds
+        self._limit = limit
+        self._spent: OrderedDict[int, _Spent] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._spent)
+
+    def file(self, cgroup: int, now: float) -> bool:
+        """Whether one more file may be told by itself; it counts as told."""
+        spent = self._of(cgroup, now)
+        spent.files += 1
+        return spent.files <= self._files
+
+    def directory(self, cgroup: int, now: float) -> bool:
+        """Whether one more directory may be."""
+        spent = self._of(cgroup, now)
+        spent.directories += 1
+        return spent.directories <= self._directories
+
+    def _of(self, cgroup: int, now: float) -> _Spent:
+        spent = self._spent.get(cgroup)
+        if spent is None or now - spent.since >= self._seconds:
+            spent = self._spent[cgroup] = _Spent(now)
+        self._spent.move_to_end(cgroup)
+        if len(self._spent) > self._limit:
+            self._spent.popitem(last=False)
+        return spent

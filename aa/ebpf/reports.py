@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Hashable
 from dataclasses import replace
 
 from aa.ebpf import events
-from aa.ebpf.events import Event, Exec, Exit, Net
+from aa.ebpf.events import MISSING, Event, Exec, Exit, File, Files, Net
 from aa.ebpf.merge import Merged
 from aa.model import Effect, Json, Kind, Layer, RecordType, Report
 
@@ -20,6 +22,13 @@ VIA = {
     events.VIA_FOREIGN: "socket from outside the run",
 }
 
+FILE_KINDS = {"open": Kind.FILE_OPEN, "unlink": Kind.FILE_UNLINK, "rename": Kind.FILE_RENAME}
+_OPEN_FLAGS = {
+    name: getattr(os, f"O_{name}")
+    for name in ("APPEND", "CREAT", "DIRECT", "EXCL", "NOFOLLOW", "RDWR", "SYNC", "TRUNC")
+}
+_RENAME_FLAGS = {"NOREPLACE": 1, "EXCHANGE": 2, "WHITEOUT": 4}
+
 
 def equal_key(event: Event, program: str) -> Hashable:
     """Events with the same key differ in time and process only."""
@@ -29,6 +38,11 @@ def equal_key(event: Event, program: str) -> Hashable:
             return (events.EXEC, head.cgroup, event.filename, event.exe, event.argv, head.uid)
         case Exit():
             return (events.EXIT, head.cgroup, program, event.status, head.uid)
+        case File():
+            what = (event.action, event.access, event.path, event.to, event.error, event.gathered)
+            return (events.FILE, head.cgroup, *what, event.exact, head.comm, head.uid)
+        case Files():
+            return (events.FILE, event.raw_key)
         case Net(refused=True):
             return (events.REFUSED, event.raw_key)
     return (events.CONNECT, event.raw_key, head.comm, head.uid)
@@ -64,6 +78,22 @@ def to_report(merged: Merged[Event], *, run: str, program: str, boot: int) -> Re
                 kind=Kind.EXIT,
                 target=program or event.head.comm,
                 attributes=attributes | _exit(event),
+            )
+        case File():
+            return replace(
+                report,
+                kind=FILE_KINDS[event.action],
+                target=event.path,
+                attributes=attributes | _file(event),
+            )
+        case Files():
+            why = f"the run's file calls beyond {events.FILE_RATE} a second are only counted"
+            return replace(
+                report,
+                kind=Kind.FILE_OPEN,
+                target=MISSING,
+                reason=why,
+                attributes=attributes | {"gathered": True},
             )
     report = replace(report, target=event.key.target, attributes=attributes | _net(event))
     if not event.refused:
@@ -118,6 +148,37 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
+
+
+def _file(event: File) -> dict[str, Json]:
+    if event.gathered:
+        return {"gathered": True} | ({"access": event.access} if event.action == "open" else {})
+    about: dict[str, Json] = {"call": event.call, "exact": event.exact}
+    match event.action:
+        case "open":
+            about["access"] = event.access
+        case "unlink" if event.call == "rmdir" or event.flags & events.AT_REMOVEDIR:
+            about["directory"] = True
+    if flags := _flags(event):
+        about["flags"] = flags
+    if event.to:
+        about["to" if event.action == "rename" else "of"] = event.to
+    if event.inode:
+        about |= {"inode": event.inode, "device": "{}:{}".format(*event.device)}
+    if event.error:
+        about["error"] = errno.errorcode.get(event.error, str(event.error))
+    return about
+
+
+def _flags(event: File) -> list[str]:
+    """The names of the flags that say something."""
+    if event.call.startswith("open"):
+        names = _OPEN_FLAGS
+    elif event.call == "renameat2":
+        names = _RENAME_FLAGS
+    else:
+        return []
+    return [name for name, bits in names.items() if event.flags & bits == bits]
 
 
 def _net(event: Net) -> dict[str, Json]:

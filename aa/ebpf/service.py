@@ -16,10 +16,10 @@ from aa.config import Config
 from aa.daemon import CannotStart, Daemon
 from aa.ebpf import events, libbpf, tables
 from aa.ebpf.canary import Canary, Proof
-from aa.ebpf.events import Event, Exec, Exit, Head, MalformedRecord, Net
+from aa.ebpf.events import Event, Exec, Exit, File, Files, MalformedRecord, Net
 from aa.ebpf.ledger import Ledger
 from aa.ebpf.loader import PIN_DIR, AlreadyRunning, Loader, NoPinDirectory, Place, Slices
-from aa.ebpf.merge import Hold, Merged, Merger, RecentRuns
+from aa.ebpf.merge import Detail, Hold, Merged, Merger, RecentRuns
 from aa.ebpf.reader import RingReader
 from aa.ebpf.reports import UNKNOWN_RUN, equal_key, to_report
 from aa.ebpf.tls.capture import Capture
@@ -40,6 +40,8 @@ CANARY_RETRY_SECONDS = 5.0
 """After a canary that proved less than the one before could."""
 FIRST_PROOF_SECONDS = 8.0
 """How long a starting run may wait for the first canary."""
+LINGER_SECONDS = 30.0
+"""How long file calls are still watched after the last run: it costs every task of the machine."""
 MAX_PROGRAMS_KNOWN = 4096
 """Processes whose program is remembered until they exit."""
 
@@ -56,6 +58,7 @@ class Settings:
     gateway: Path = paths.ENFORCE_SOCKET
     ends: tuple[tables.End, ...] = field(default_factory=tables.proxy_ends)
     dns_port: int = paths.DNS_PORT
+    linger: float = LINGER_SECONDS
 
 
 def settings_from(config: Config) -> Settings:
@@ -83,6 +86,7 @@ class KernelLayer:
         self._proved = asyncio.Event()
         self._prove_now = asyncio.Event()
         self._merger: Merger[Event] = Merger()
+        self._detail = Detail()
         self._waiting = asyncio.Event()
         """Set while an event waits to be merged or named."""
         self._hold: Hold[tuple[Event, int]] = Hold()
@@ -91,6 +95,10 @@ class KernelLayer:
         self._missed = 0
         self._lost = 0
         self._swept = -1
+        self._needed = time.monotonic()
+        """When a run that is observed was there last."""
+        self._told_runs = False
+        """Whether the gateway has told which runs there are; until then there may be some."""
         self._boot = _boot_time()
         self.tls = Capture(
             lambda: Probes(settings.objects, self.loader.shared_maps()),
@@ -163,6 +171,8 @@ class KernelLayer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._told_runs and not self._observing:
+            self.loader.watch_files(False)
         self.loader.close()
 
     # -- events
@@ -229,10 +239,22 @@ class KernelLayer:
             # Guarded as every proxied run is, but not to be observed.
             self._account(self._ledger.dismiss, event, count)
             return
+        if isinstance(event, File):
+            event = self._as_told(event, now)
         key = equal_key(event, self._program(event))
         full = self._merger.add(key, event, count, now)
         if full is not None:
             self._report(full)
+
+    def _as_told(self, event: File, now: float) -> File:
+        """The event itself, or, when its run touches too many files, what stands for it."""
+        cgroup_id = event.head.cgroup
+        if equal_key(event, "") in self._merger or self._detail.file(cgroup_id, now):
+            return event
+        event = event.of_directory()
+        if equal_key(event, "") in self._merger or self._detail.directory(cgroup_id, now):
+            return event
+        return event.of_run()
 
     def _report(self, merged: Merged[Event]) -> None:
         event = merged.first
@@ -252,7 +274,8 @@ class KernelLayer:
     @staticmethod
     def _account(book: Callable[..., None], event: Event, count: int) -> None:
         """Enters an event in one of the ledger's books, in the column that the kernel counts it in."""
-        column = "tallied" if isinstance(event, Net) and event.total else "events"
+        tallied = isinstance(event, Net | Files) and event.total
+        column = "tallied" if tallied else "events"
         book(events.kind_of(event), **{column: count})
 
     def _flush(self, now: float) -> None:
@@ -278,11 +301,9 @@ class KernelLayer:
         self._swept = tallied
         now, at = time.monotonic(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         for raw, count in self._told.sweep(self.loader.tallies()):
-            key = events.tally_key(raw)
-            head = Head(0, at, key.cgroup, 0, 0, 0, "")
-            event = Net(head, key, raw, total=count, refused=bool(key.reason))
+            event = events.of_tally(raw, count, at)
             self._account(self._ledger.read, event, count)
-            if self.canary.saw(key.cgroup, None):
+            if self.canary.saw(event.head.cgroup, None):
                 self._account(self._ledger.dismiss, event, count)
             else:
                 self._name(event, count, now)
@@ -338,6 +359,7 @@ class KernelLayer:
                 raise self._reader.failure
             self._boot = _boot_time()  # the clock may have been set
             self._follow_slices()
+            self._watch_files()
             self._settle()
             self._tell()
 
@@ -349,6 +371,23 @@ class KernelLayer:
         log.warning("%s", text)
         self._lifecycle(f"attached again: {text}", alert=False)
         self._prove_now.set()
+
+    @property
+    def _observing(self) -> bool:
+        """Whether there is a run to be observed, as far as the gateway told."""
+        return any(Layer.KERNEL in run.layers for run in self.runs)
+
+    def _watch_files(self) -> None:
+        """File calls are seen while there is a run to be observed."""
+        now = time.monotonic()
+        self._told_runs |= self.runs.synchronised
+        wanted = self._observing
+        if wanted:
+            self._needed = now
+        elif self.loader.files_watched:
+            wanted = not self._told_runs or now - self._needed < self._settings.linger
+        if self.loader.watch_files(wanted):
+            self._prove_now.set()
 
     async def _prove_often(self) -> None:
         while True:
@@ -375,7 +414,7 @@ class KernelLayer:
 
     def _judge(self) -> None:
         """The rung that is proved and in place now, and what keeps it from being higher."""
-        seeing = self._problems(Place.TRACEPOINT, Place.AGENTS)
+        seeing = self._problems(Place.TRACEPOINT, Place.CALLS, Place.AGENTS)
         guarding = self._problems(Place.PROXY)
         if self._proof is not None:
             seeing += self._proof.observe
@@ -455,6 +494,7 @@ class KernelLayer:
         """Why the kernel layer cannot vouch for a run; "" when it does."""
         slices = self._settings.slices
         self._follow_slices()
+        self._watch_files()
         self._judge()
         if not run.cgroup.startswith(slices.agents + "/"):
             return f"its cgroup {run.cgroup} is not below {slices.agents}"

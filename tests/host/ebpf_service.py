@@ -11,6 +11,8 @@ from aa.daemon import Daemon, serve
 from aa.ebpf import service
 from aa.ebpf.loader import Slices
 
+LINGER_SECONDS = 1.0
+
 
 async def _main(daemon: Daemon) -> None:
     pins, objects, gateway, root, agents, proxy = sys.argv[1:]
@@ -19,6 +21,7 @@ async def _main(daemon: Daemon) -> None:
         objects=Path(objects),
         gateway=Path(gateway),
         slices=Slices(Path(root), agents, proxy),
+        linger=LINGER_SECONDS,
     )
     await service.KernelLayer(settings, daemon).run()
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,97 @@ def test_reports_exec_exit_and_connect_with_the_run(world: World, gateway: Gatew
         assert asked.attributes["program"] == "/usr/bin/python3"
         assert not [r for r in gateway.reports if "aa-canary" in str(r)]
         assert {r.run for r in gateway.reports if r.kind is not Kind.GUARD} == {"r1"}
+
+
+def test_reports_files_that_are_made_removed_and_renamed(
+    world: World, gateway: Gateway, tmp_path: Path
+) -> None:
+    with service(world, gateway):
+        run = begin(world, gateway, world.local)
+        assert eventually(lambda: "r1" in gateway.confirmed)
+        code = """
+        os.chdir(sys.argv[1])
+        for n in range(3):
+            open("x", "w").close()
+        os.rename("x", "y")
+        os.unlink("y")
+        attempt(os.unlink, "y")
+        """
+        world.python(run, code, str(tmp_path))
+        last = found(gateway, lambda r: r.attributes.get("error") == "ENOENT" and "y" in r.target)
+        assert last is not None and last.kind is Kind.FILE_UNLINK
+        told = [
+            (r.kind, r.target, r.attributes.get("to"), r.count)
+            for r in gateway.reports
+            if r.target.startswith(str(tmp_path)) and r.run == "r1" and "error" not in r.attributes
+        ]
+        x, y = f"{tmp_path}/x", f"{tmp_path}/y"
+        assert told == [
+            (Kind.FILE_OPEN, x, None, 1),
+            (Kind.FILE_OPEN, x, None, 2),
+            (Kind.FILE_RENAME, x, y, 1),
+            (Kind.FILE_UNLINK, y, None, 1),
+        ]
+        made = next(r for r in gateway.reports if r.target == x)
+        assert made.type is RecordType.OBSERVED and made.layer is Layer.KERNEL
+        assert made.attributes["access"] == "create" and made.attributes["exact"] is True
+        assert made.attributes["program"] == "/usr/bin/python3"
+
+
+def test_file_calls_are_watched_while_a_run_is_to_be_observed_only(
+    world: World, gateway: Gateway, tmp_path: Path
+) -> None:
+    """For they cost every task of the machine. A service that is killed and restarted goes on."""
+    pin = world.pins / "links" / "aa_on_file"
+    with service(world, gateway) as running:
+        assert eventually(lambda: not pin.exists()), "what an earlier life left is taken out"
+        cgroup = world.run_dir(world.proxied, "aa-agent-p.service")
+        gateway.starting("p", str(cgroup.relative_to(world.root)), ids(cgroup), (Layer.PROXY,))
+        time.sleep(1.5)
+        assert not pin.exists(), "nobody wants it"
+        run = begin(world, gateway, world.local)
+        assert eventually(lambda: "r1" in gateway.confirmed)
+        assert pin.exists()
+        running.stop(signal.SIGKILL)
+        world.python(run, "open(sys.argv[1], 'w').close()", f"{tmp_path}/alone")
+    with service(world, gateway):
+        assert found(gateway, lambda r: r.target == f"{tmp_path}/alone")
+        world.python(run, "open(sys.argv[1], 'w').close()", f"{tmp_path}/again")
+        assert found(gateway, lambda r: r.target == f"{tmp_path}/again")
+        gateway.tell(replace(gateway.runs["r1"], state=RunState.ENDED))
+        assert eventually(lambda: not pin.exists(), seconds=10)
+        assert gateway.rung == "cgroup"
+
+
+def test_a_run_with_too_many_files_is_told_by_directory_and_nothing_is_missing(
+    world: World, gateway: Gateway, tmp_path: Path
+) -> None:
+    with service(world, gateway):
+        run = begin(world, gateway, world.local)
+        assert eventually(lambda: "r1" in gateway.confirmed)
+        code = """
+        for d in range(200):
+            os.mkdir(f"{sys.argv[1]}/{d}")
+            for n in range(5):
+                open(f"{sys.argv[1]}/{d}/{n}", "w").close()
+        """
+        world.python(run, code, str(tmp_path))
+        world.do(run, "/bin/echo", "end")
+
+        def mine() -> list[Report]:
+            return [
+                r
+                for r in list(gateway.reports)
+                if r.kind is Kind.FILE_OPEN and r.attributes.get("comm", "python3") == "python3"
+            ]
+
+        assert eventually(lambda: sum(r.count for r in mine()) >= 1200, seconds=10)
+        told = mine()
+        assert sum(r.count for r in told) == 1200
+        assert len(told) < 600
+        gathered = [r for r in told if r.attributes.get("gathered")]
+        assert any(r.target.startswith(str(tmp_path)) and r.target.endswith("/") for r in gathered)
+        assert not [r for r in gateway.reports if r.type is RecordType.GAP]
 
 
 def test_equal_events_become_one_record_with_a_count(world: World, gateway: Gateway) -> None:

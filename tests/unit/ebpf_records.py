@@ -37,6 +37,28 @@ def exit_record(status: int = 0, *, cgroup: int = 77) -> bytes:
     return head(events.EXIT, events.EXIT_SIZE, cgroup=cgroup) + rest
 
 
+def file_record(
+    call: str = "openat",
+    *,
+    text: bytes = b"",
+    directory: bytes = b"",
+    to: bytes = b"",
+    to_directory: bytes = b"",
+    call_flags: int = 0,
+    result: int = 0,
+    flags: int = 0,
+    cgroup: int = 77,
+    comm: bytes = b"tool",
+) -> bytes:
+    parts = (text, directory, to, to_directory)
+    number = events.CALLS.index(call)
+    fixed = events.FILE_FIXED.pack(
+        4712, 254 << 20 | 3, call_flags, result, *map(len, parts), number, b""
+    )
+    size = events.FILE_SIZE + sum(map(len, parts))
+    return head(events.FILE, size, flags=flags, cgroup=cgroup, comm=comm) + fixed + b"".join(parts)
+
+
 def key(
     *,
     cgroup: int = 77,

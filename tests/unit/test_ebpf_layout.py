@@ -25,6 +25,7 @@ int main(void)
 {
 	SIZE(aa_head); SIZE(aa_exit); SIZE(aa_tally_key); SIZE(aa_tally); SIZE(aa_net);
 	SIZE(aa_end); SIZE(aa_config); SIZE(aa_count);
+	AT(aa_file, data); AT(aa_file, result); AT(aa_file, text_len); AT(aa_file, call);
 	AT(aa_exec, data); AT(aa_exec, filename_len); AT(aa_head, comm); AT(aa_net, key);
 	SIZE(aa_tls_key); SIZE(aa_tls_session); SIZE(aa_tls_data); SIZE(aa_tls_count);
 	AT(aa_tls_data, born); AT(aa_tls_data, captured); AT(aa_tls_data, peer_addr);
@@ -64,6 +65,10 @@ def test_sizes_and_offsets(c: dict[str, int]) -> None:
         "aa_tls_data.captured": events.HEAD.size + records.KEY.size + struct.calcsize("=QQQI"),
         "aa_tls_data.peer_addr": records.FIXED_SIZE - 16,
         "aa_tls_session.in": struct.calcsize("=QQ"),
+        "aa_file.data": events.FILE_SIZE,
+        "aa_file.result": events.HEAD.size + struct.calcsize("=QII"),
+        "aa_file.text_len": events.HEAD.size + struct.calcsize("=QIIi"),
+        "aa_file.call": events.HEAD.size + struct.calcsize("=QIIiHHHH"),
         "aa_exec.data": events.EXEC_SIZE,
         "aa_exec.filename_len": events.HEAD.size + struct.calcsize("=QII"),
         "aa_head.comm": events.HEAD.size - events.COMM_MAX,
@@ -85,16 +90,18 @@ def test_constants() -> None:
         return int(found[1]) << int(found[2] or 0)
 
     assert number("AA_LAYOUT") == events.LAYOUT
-    for name in ("COMM_MAX", "ARGV_MAX", "FILENAME_MAX", "PATH_MAX"):
+    for name in ("COMM_MAX", "ARGV_MAX", "FILENAME_MAX", "PATH_MAX", "FILE_RATE"):
         assert number(f"AA_{name}") == getattr(events, name)
     for name in (
         "EXEC",
         "EXIT",
         "CONNECT",
         "REFUSED",
+        "FILE",
         "VIA_CONNECT",
         "VIA_DATAGRAM",
         "VIA_FOREIGN",
+        "VIA_FILES",
         "REFUSED_END",
         "REFUSED_FRAGMENT",
         "REFUSED_HEADER",
@@ -107,8 +114,16 @@ def test_constants() -> None:
         "EXE_CUT",
         "CWD_CUT",
         "OUTSIDE",
+        "OPENED",
+        "CREATED",
+        "TEXT_CUT",
+        "DIR_CUT",
+        "TO_CUT",
+        "TO_DIR_CUT",
     ):
         assert number(f"AA_{name}") == getattr(events, name), name
+    for call, name in enumerate(events.CALLS[1:], start=1):
+        assert number(f"AA_CALL_{name.upper()}") == call
     for name in ("DATA", "END", "FROM_START", "HTTP2", "ENDED", "UNREAD", "DATA_MAX", "HEAD_MAX"):
         assert number(f"AA_TLS_{name}") == getattr(records, name), name
     assert number("AA_TLS_RATE") == records.RATE
