@@ -172,7 +172,9 @@ def weigh_request(
         assert matcher is not None
         if guarded and q.place is not None and q.place.named_by(matcher.ranges):
             guarded = False
-        opens = bool(matcher.hosts) or q.by_address
+        # A question about a body or a message is one about a request that another rule allows.
+        looks = matcher.body is not None or matcher.ws is not None
+        opens = (bool(matcher.hosts) or q.by_address) and not looks
         if rule.effect is Effect.ASK:
             asks += (rule,)
             if opens:
