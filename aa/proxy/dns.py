@@ -414,7 +414,11 @@ class Forwarder:
                 return _addresses(query, chosen, HOSTS_TTL)
         found = await self._ask_host(query)
         answer = _answer(query.message, found.rcode())
-        answer.answer = [r for r in found.answer if r.rdclass == dns.rdataclass.IN]
+        answer.answer = [
+            r
+            for r in found.answer
+            if r.rdclass == dns.rdataclass.IN and r.rdtype not in HIDDEN_TYPES
+        ]
         answer.authority = [r for r in found.authority if r.rdtype == dns.rdatatype.SOA]
         if version is not None:
             self._remember(run, query, answer.answer)

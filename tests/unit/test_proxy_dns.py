@@ -289,6 +289,27 @@ def test_a_resolver_that_is_not_there_is_a_servfail(tmp_path: Path) -> None:
     assert rcode(result) == "SERVFAIL"
 
 
+def test_no_answer_carries_the_keys_of_encrypted_hellos_whatever_was_asked(tmp_path: Path) -> None:
+    async def act(f: Forwarder) -> Any:
+        async def resolver(query: Query) -> dns.message.Message:
+            reply = dns.message.make_response(dns.message.from_wire(upstream_question(query, 7)))
+            for kind, text in (
+                ("A", "192.0.2.9"),
+                ("HTTPS", '1 . ech="AEX+DQBB"'),
+                ("SVCB", "1 ."),
+            ):
+                reply.answer.append(dns.rrset.from_text("a.org.", 60, "IN", kind, text))
+            return reply
+
+        f._ask_host = resolver  # type: ignore[method-assign]
+        return await f.answer(wire("a.org"), CLIENT, udp=True)
+
+    answer, _ = serve(tmp_path, Brain(), act)
+    assert [str(r) for rrset in dns.message.from_wire(answer).answer for r in rrset] == [
+        "192.0.2.9"
+    ]
+
+
 def test_a_run_that_floods_is_refused_counted_and_others_are_not(tmp_path: Path) -> None:
     burst = int(2 * forwarder.QUERIES_PER_SECOND)
 
