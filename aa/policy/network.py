@@ -228,7 +228,15 @@ class NetworkMatcher:
         if not path:
             return against
         parts = components(path)
-        return any(p.matches(parts) for p in self.paths)
+        if any(p.matches(parts) for p in self.paths):
+            return True
+        # Most servers take /a/ for /a, so what is no permission does.
+        return (
+            against
+            and len(parts) > 1
+            and not parts[-1]
+            and any(p.matches(parts[:-1]) for p in self.paths)
+        )
 
     def _headers(self, headers: Mapping[str, str] | None, against: bool) -> bool:
         if headers is None:

@@ -113,8 +113,10 @@ def file_pattern(text: str, *, whole: bool) -> PathPattern:
     return _pattern(text, path, home=home, whole=whole)
 
 
-def request_pattern(text: str, *, whole: bool) -> PathPattern:
-    """Reads a pattern of request paths. Raises InvalidPattern."""
+def request_pattern(text: str, *, whole: bool, slash: bool = True) -> PathPattern:
+    """Reads a pattern of request paths. Without `slash` one at its end says nothing: most servers
+    take /a/ for /a, so a denial does. Raises InvalidPattern.
+    """
     if not text.startswith("/"):
         raise InvalidPattern(f"{text!r} does not begin with /", f"write /{text}")
     if "?" in text or "#" in text:
@@ -128,7 +130,8 @@ def request_pattern(text: str, *, whole: bool) -> PathPattern:
         raise InvalidPattern(
             f"{text!r}: {e}; no request with such a path is decided", "correct it"
         ) from e
-    return _pattern(text, text, home=False, whole=whole)
+    path = text if slash or text == "/" else text.removesuffix("/")
+    return _pattern(text, path, home=False, whole=whole)
 
 
 def _pattern(text: str, path: str, *, home: bool, whole: bool) -> PathPattern:

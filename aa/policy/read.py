@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,8 +142,9 @@ def _network(mark: Mark, written: Mapping[str, Json], effect: Effect) -> Network
     if ports is None and effect is not Effect.DENY:
         ports = DEFAULT_PORTS
     _check_content(mark, written, effect)
-    deny = effect is Effect.DENY
-    paths = tuple(_paths(mark, (key, "paths"), written, lambda t: request_pattern(t, whole=deny)))
+    deny, slash = effect is Effect.DENY, effect is Effect.ALLOW
+    read = functools.partial(request_pattern, whole=deny, slash=slash)
+    paths = tuple(_paths(mark, (key, "paths"), written, read))
     return NetworkMatcher(
         hosts,
         ranges,
