@@ -80,7 +80,15 @@ class Proxy:
     max_connections_per_user: int = 512
     max_waiting: int = 128  # of these, for a person
     max_waiting_per_run: int = 32
+    inspect_workers: int = 1
     explicit_users: tuple[str, ...] = ()
+    ca_dir: Path = paths.STATE_DIR / "proxy-ca"
+    """Where the workers find the intermediate; set by `aasm proxy start --ca-dir` alone."""
+
+    @property
+    def workers(self) -> int:
+        """Inspection workers: no more than there are processors."""
+        return min(self.inspect_workers, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +184,8 @@ def load(
 def overridden(config: Config, environment: Mapping[str, str]) -> Config:
     """The configuration with what a unit's runtime drop-in sets (`aasm proxy start` writes these).
 
-    `AA_LISTEN` is the explicit proxy's ADDRESS:PORT, `AA_GATEWAY` the enforce socket. Raises
-    InvalidFile for a value that the file could not have either.
+    `AA_LISTEN` is the explicit proxy's ADDRESS:PORT, `AA_GATEWAY` the enforce socket, `AA_CA_DIR`
+    the intermediate's directory. Raises InvalidFile for a value that the file could not have either.
     """
     listen = environment.get("AA_LISTEN")
     if listen:
@@ -194,6 +202,8 @@ def overridden(config: Config, environment: Mapping[str, str]) -> Config:
     if environment.get("AA_GATEWAY"):
         gateway = replace(config.gateway, socket=Path(environment["AA_GATEWAY"]))
         config = replace(config, gateway=gateway)
+    if environment.get("AA_CA_DIR"):
+        config = replace(config, proxy=replace(config.proxy, ca_dir=Path(environment["AA_CA_DIR"])))
     return config
 
 

@@ -29,6 +29,8 @@ AUDIT_FILE = LOG_DIR / "audit.jsonl"
 LIB_DIR = Path("/usr/lib/agent-assembly")
 SHIM = LIB_DIR / "shim"
 BPF_OBJECTS_DIR = LIB_DIR / "bpf"
+INSPECT_DIR = LIB_DIR / "inspect"
+"""mitmproxy and what it needs, of the package agent-assembly-inspect."""
 TEMPLATES_DIR = Path("/usr/share/agent-assembly/policies")
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")

@@ -36,9 +36,10 @@ Examples:
   aasm proxy start
   aasm proxy start --listen 127.0.0.1:3128     explicit proxy elsewhere, until the next boot
   aasm proxy start --gateway /run/other/enforce
+  aasm proxy start --ca-dir /srv/authority/proxy-ca
 
 The same as `systemctl start aa-proxy`, which also starts the gateway, the redirect and
-the kernel layer. --listen and --gateway make a runtime drop-in below /run/systemd/system
+the kernel layer. --listen, --gateway and --ca-dir make a runtime drop-in below /run/systemd/system
 that is gone after a reboot; without them, an earlier one is removed. So does [listen] in
 agent-assembly.toml where it differs from what the units ship. The rules of the redirect and
 the kernel's guard are rendered again for the new place."""
@@ -51,9 +52,14 @@ the kernel's guard are rendered again for the new place."""
     type=click.Path(path_type=Path),
     help="The gateway's enforce socket that the proxy asks.",
 )
-def start(listen: str | None, gateway: Path | None) -> None:
+@click.option(
+    "--ca-dir",
+    type=click.Path(path_type=Path),
+    help="Where the inspection workers find the intermediate of an authority.",
+)
+def start(listen: str | None, gateway: Path | None, ca_dir: Path | None) -> None:
     """Start the proxy and everything it needs."""
-    changed = _write_drop_ins(_listeners(listen), listen, gateway)
+    changed = _write_drop_ins(_listeners(listen), listen, gateway, ca_dir)
     if changed:
         systemctl("daemon-reload")
         systemctl("stop", SERVICE, SOCKET)
@@ -77,7 +83,9 @@ def _listeners(listen: str | None) -> Listen:
     return found
 
 
-def _write_drop_ins(listeners: Listen, listen: str | None, gateway: Path | None) -> bool:
+def _write_drop_ins(
+    listeners: Listen, listen: str | None, gateway: Path | None, ca_dir: Path | None
+) -> bool:
     """Makes the drop-ins say this and no more. Returns True when anything changed.
 
     The socket unit has one when the listeners are not those that it was shipped with.
@@ -85,6 +93,8 @@ def _write_drop_ins(listeners: Listen, listen: str | None, gateway: Path | None)
     environment = f"Environment=AA_LISTEN={listen}\n" if listen else ""
     if gateway and gateway != ENFORCE_SOCKET:
         environment += f"Environment=AA_GATEWAY={gateway}\n"
+    if ca_dir:
+        environment += f"Environment=AA_CA_DIR={ca_dir.absolute()}\n"
     wanted = {unit: f"[Service]\n{environment}" if environment else "" for unit in READERS}
     wanted[SOCKET] = "" if listeners == Listen() else _socket_drop_in(listeners)
     changed = False

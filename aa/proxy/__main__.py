@@ -9,6 +9,7 @@ import pwd
 import socket
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from aa import config as configuration
 from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
@@ -20,6 +21,7 @@ from aa.proxy.dial import Resolver
 from aa.proxy.dns import Forwarder
 from aa.proxy.front import Front
 from aa.proxy.identify import Identify
+from aa.proxy.inspect.pool import Pool
 from aa.proxy.placeholder import Placeholders
 from aa.report import Reporter, RunTable, Unreachable, confirm_run
 from aa.sockdiag import SockDiag, SockDiagError
@@ -84,6 +86,12 @@ class Proxy:
             self._runs, diag, explicit_users=_uids(config.proxy.explicit_users)
         )
         answered, placeholders = AnsweredNames(), Placeholders()
+        self._pool = Pool(
+            config.proxy.workers,
+            report=self._reporter.report,
+            enforce=enforce,
+            settings=self._worker_settings,
+        )
         self._resolver = Resolver()
         self._front = Front(
             Shared(
@@ -95,8 +103,10 @@ class Proxy:
                 limits=config.proxy,
                 answered=answered,
                 placeholders=placeholders,
+                pool=self._pool,
             )
         )
+        self._pool.on_port = self._front.shared.own_ports.add
         self._forwarder = Forwarder(
             gateway=self._gateway,
             identify=identify,
@@ -115,6 +125,7 @@ class Proxy:
             tasks = [
                 group.create_task(self._reporter.run()),
                 group.create_task(self._runs.follow()),
+                group.create_task(self._pool.keep()),
             ]
             await self._synchronise()
             await self._listen(sockets)
@@ -141,7 +152,20 @@ class Proxy:
         self._gateway.set_deadline(config.proxy.decide_seconds)
         self._gateway.max_waiting = config.proxy.max_waiting
         self._identify.set_explicit_users(_uids(config.proxy.explicit_users))
+        self._pool.reload()
         log.info("[proxy] is read again")
+
+    def _worker_settings(self) -> dict[str, Any]:
+        """What a worker that starts now gets of the configuration."""
+        proxy = self._front.shared.limits
+        return {
+            "connect_seconds": proxy.connect_seconds,
+            "decide_seconds": proxy.decide_seconds,
+            "idle_seconds": proxy.idle_seconds,
+            "max_waiting": proxy.max_waiting,
+            "max_waiting_per_run": proxy.max_waiting_per_run,
+            "ca_dir": str(proxy.ca_dir),
+        }
 
     async def _synchronise(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -171,6 +195,7 @@ class Proxy:
         self._front.stop_accepting()
         self._forwarder.close()
         await self._front.drain(DRAIN_SECONDS)
+        await self._pool.close()
         self._refusals.flush()
         await self._reporter.close()
         await self._gateway.close()
@@ -213,11 +238,15 @@ class Proxy:
         counts, queries = self._front.shared.counts, self._forwarder.counts
         problem = f"; {self._config_problem}" if self._config_problem else ""
         away = "" if self._runs.synchronised else "; gateway unreachable: refusing everything"
+        inspecting = self._pool.status()
+        workers = f"; {inspecting['workers']} inspection workers" if inspecting["installed"] else ""
+        if inspecting["installed"] and inspecting["problem"]:
+            problem += f"; {inspecting['problem']}"
         return (
             f"{self._front.connections} connections, "
             f"{self._gateway.waiting} wait for a person, {counts.allowed} allowed, "
             f"{counts.denied} denied, {counts.failed} failed; "
-            f"{queries.queries} DNS queries, {queries.denied} denied{away}{problem}"
+            f"{queries.queries} DNS queries, {queries.denied} denied{workers}{away}{problem}"
         )
 
     def _tell_gateway(self) -> None:
@@ -236,6 +265,7 @@ class Proxy:
                 "queries": queries.queries,
                 "queries_denied": queries.denied,
                 "queries_failed": queries.failed,
+                "inspection": self._pool.status(),
             },
         )
 

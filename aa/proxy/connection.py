@@ -20,14 +20,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aa.config import Proxy
-from aa.model import Action, Decision, Effect, Kind, Layer, Mode, RecordType, Report, deny
+from aa.model import (
+    Action,
+    Decision,
+    Effect,
+    Kind,
+    Layer,
+    MalformedValue,
+    Mode,
+    RecordType,
+    Report,
+    deny,
+)
 from aa.policy.host import Host, canonical_host
 from aa.proxy.answered import AnsweredNames
 from aa.proxy.ask import Gateway, GatewayAway, Refusals
 from aa.proxy.denial import Refusal, http_answer, tls_alert
-from aa.proxy.dial import Address, Resolver, UpstreamFailed, address_of, dial
+from aa.proxy.dial import Address, Resolver, UpstreamFailed, address_of, dial, in_turn
 from aa.proxy.http1 import Exchange, check_head, outgoing_head, unwanted_upgrade
 from aa.proxy.identify import Client, Identify, Stranger
+from aa.proxy.inspect.handover import Inspected
+from aa.proxy.inspect.pool import MISSING, NoWorker, Pool
+from aa.proxy.inspect.session import Session, Wanted, inspection, new_token
 from aa.proxy.placeholder import Placeholders
 from aa.proxy.sniff import Finding, Form, Head, Hello, Malformed, Opaque, Protocol, Sniffer
 from aa.proxy.splice import Outcome, Relay, linger, reset, unsent
@@ -51,7 +65,6 @@ _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xHI16s4s")
 
 CONNECTED = b"HTTP/1.1 200 Connection established\r\n\r\n"
-INSPECTION_MISSING = "the rule asks for inspection; install agent-assembly-inspect"
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +143,8 @@ class Shared:
     modes: Modes = field(default_factory=Modes)
     answered: AnsweredNames = field(default_factory=AnsweredNames)
     placeholders: Placeholders = field(default_factory=Placeholders)
+    pool: Pool | None = None
+    """The inspection workers."""
 
 
 class Refused(Exception):
@@ -201,7 +216,7 @@ class Connection:
         self._head: Head | None = None
         self._approval = ""
         """What a person allowed this connection with; its further steps go on with it."""
-        self._moving: Relay | Exchange | None = None
+        self._moving: Relay | Exchange | Inspected | None = None
         self._began = self._loop.time()
 
     @property
@@ -365,7 +380,11 @@ class Connection:
         decision = await self._decide(destination, addresses)
         if decision.mode is Mode.OBSERVE and known:
             addresses = known  # where it would have gone without us
-        await self._pass(finding, sniffer, destination, addresses)
+        wanted = self._wanted(decision)
+        if wanted is not None:
+            await self._inspect(wanted, finding, sniffer, destination, addresses)
+        else:
+            await self._pass(finding, sniffer, destination, addresses)
 
     def _remembered(self, destination: Destination) -> Destination:
         """What says no name itself has the one that our resolver gave the run for its address.
@@ -494,14 +513,7 @@ class Connection:
         if not decision.permits:
             raise Refused(decision, recorded=True)
         self._approval = decision.approval or self._approval
-        if decision.obligations:
-            names = {o.name for o in decision.obligations}
-            why = (
-                INSPECTION_MISSING
-                if "inspect" in names
-                else f"this proxy cannot meet {', '.join(sorted(names))}"
-            )
-            raise Refused(replace(decision, effect=Effect.DENY, reason=why))
+        self._wanted(decision)
         return decision
 
     async def _hold(self, action: Action, decision: Decision) -> Decision:
@@ -533,6 +545,21 @@ class Connection:
             waiting[run] -= 1
             if waiting[run] <= 0:
                 del waiting[run]
+
+    def _wanted(self, decision: Decision) -> Wanted | None:
+        """What is to be inspected, None when nothing is. Raises `Refused` when an obligation cannot
+        be met; in a run that is only observed that passes, for nothing may break there."""
+        observed = decision.mode is Mode.OBSERVE
+        problem, wanted = "", None
+        try:
+            wanted = inspection(decision.obligations)
+        except MalformedValue as e:
+            problem = str(e)
+        if wanted is not None:
+            problem = self._shared.pool.problem() if self._shared.pool is not None else MISSING
+        if problem and not observed:
+            raise Refused(replace(decision, effect=Effect.DENY, reason=problem))
+        return None if problem else wanted
 
     async def _resolve_if_allowed(
         self, destination: Destination, known: tuple[Address, ...]
@@ -586,6 +613,55 @@ class Connection:
             upstream.close()
         self._report(outcome, address)
         if outcome.ended == "closed":
+            await linger(self._sock, seconds=LINGER_SECONDS, limit=LINGER_BYTES)
+
+    async def _inspect(
+        self,
+        wanted: Wanted,
+        finding: Finding,
+        sniffer: Sniffer,
+        destination: Destination,
+        addresses: tuple[Address, ...],
+    ) -> None:
+        """Hands the connection to a worker, which has each request decided, and moves its bytes."""
+        self._keep_off_ourselves(addresses)
+        assert self._shared.pool is not None
+        if not isinstance(finding, (Hello, Head)):
+            why = "the rule asks for inspection, and this is neither TLS nor HTTP"
+            raise Refused(deny(why, rule="<not-inspectable>"))
+        id_, secret = new_token()
+        session = Session(
+            id=id_,
+            secret=secret,
+            run=self.run,
+            uid=self._client.uid,
+            host="" if destination.host is None else str(destination.host),
+            port=destination.port,
+            addresses=tuple(in_turn(addresses)),
+            protocol="tls" if isinstance(finding, Hello) else "http",
+            wanted=wanted,
+            scope=destination.scope,
+            single=isinstance(finding, Head) and finding.form is Form.ABSOLUTE,
+        )
+        try:
+            self._moving = inspected = await self._shared.pool.hand_over(
+                session, bytes(sniffer.taken), self._sock
+            )
+        except NoWorker as e:
+            raise Refused(deny(str(e), rule="<no-inspection>")) from None
+        self._shared.counts.allowed += 1
+        try:
+            outcome = await inspected.run()
+        except asyncio.CancelledError:
+            self._report(replace(inspected.moved, ended="the proxy stopped"), None, inspected=True)
+            raise
+        finally:
+            inspected.close()
+        end = inspected.end
+        more = {} if end is None else {"requests": end.requests}
+        upstream = address_of(end.upstream) if end is not None and end.upstream else None
+        self._report(outcome, upstream, inspected=True, **more)
+        if end is not None and end.clean:
             await linger(self._sock, seconds=LINGER_SECONDS, limit=LINGER_BYTES)
 
     async def _relay(self, first: bytes, upstream: socket.socket) -> Outcome:

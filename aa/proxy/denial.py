@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from aa.model import Decision
+from aa.model import Decision, Kind
 
 ALERT, TLS12, FATAL = 0x15, b"\x03\x03", 2
 ACCESS_DENIED = 49
@@ -48,21 +48,29 @@ def tls_alert(refusal: Refusal) -> bytes:
     return bytes((ALERT, *TLS12, 0, 2, FATAL, description))
 
 
-def http_answer(refusal: Refusal, *, accept: bytes = b"", head_only: bool = False) -> bytes:
-    """A whole HTTP/1.1 response: JSON for a client that asks for it, text otherwise."""
+Fields = tuple[tuple[bytes, bytes], ...]
+
+
+def http_fields(refusal: Refusal, *, accept: bytes = b"") -> tuple[Fields, bytes]:
+    """Headers and body of the answer: JSON for a client that asks for it, text otherwise."""
     as_json = _wants_json(accept)
     body = (_json(refusal) if as_json else _text(refusal)).encode()
     kind = "application/json" if as_json else "text/plain; charset=utf-8"
-    head = (
-        f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}\r\n"
-        f"Content-Type: {kind}\r\n"
-        f"Content-Length: {len(body)}\r\n"
-        f"Proxy-Status: {PROXY_NAME}; error={refusal.error}\r\n"
-        "Cache-Control: no-store\r\n"
-        "Connection: close\r\n"
-        "\r\n"
+    fields = (
+        ("Content-Type", kind),
+        ("Content-Length", str(len(body))),
+        ("Proxy-Status", f"{PROXY_NAME}; error={refusal.error}"),
+        ("Cache-Control", "no-store"),
     )
-    return head.encode("ascii") + (b"" if head_only else body)
+    return tuple((n.encode("ascii"), v.encode("ascii")) for n, v in fields), body
+
+
+def http_answer(refusal: Refusal, *, accept: bytes = b"", head_only: bool = False) -> bytes:
+    """A whole HTTP/1.1 response, after which the connection ends."""
+    fields, body = http_fields(refusal, accept=accept)
+    lines = [f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}".encode("ascii")]
+    lines += [n + b": " + v for n, v in (*fields, (b"Connection", b"close"))]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if head_only else body)
 
 
 def _wants_json(accept: bytes) -> bool:
@@ -92,10 +100,11 @@ def _json(refusal: Refusal) -> str:
 
 def _text(refusal: Refusal) -> str:
     decision = refusal.decision
+    what = "request" if refusal.kind == Kind.HTTP_REQUEST else "connection"
     if refusal.status < 500:
-        said = "Agent Assembly denied this connection"
+        said = f"Agent Assembly denied this {what}"
     else:
-        said = "Agent Assembly allowed this connection, but it failed"
+        said = f"Agent Assembly allowed this {what}, but it failed"
     rows = [
         ("what", f"{refusal.kind} {refusal.target}"),
         ("reason", _reason(refusal)),

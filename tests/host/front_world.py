@@ -254,8 +254,9 @@ class Gateway:
             self._watchers.discard(queue)
 
 
-def certificates(directory: Path, names: tuple[str, ...]) -> tuple[Path, Path]:
-    """A CA certificate, and a chain with key for `names` that it signed."""
+def certificates(directory: Path, names: tuple[str, ...], *, days: int = 1) -> tuple[Path, Path]:
+    """A CA certificate, and a chain with key for `names` that it signed. With negative `days` the
+    chain has expired, the authority has not."""
     now = datetime.datetime.now(datetime.timezone.utc)
 
     def built(subject: str, issuer: str, key: Any, signer: Any, *, ca: bool) -> x509.Certificate:
@@ -265,8 +266,8 @@ def certificates(directory: Path, names: tuple[str, ...]) -> tuple[Path, Path]:
             .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now - datetime.timedelta(days=7))
+            .not_valid_after(now + datetime.timedelta(days=1 if ca else days))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
         if not ca:
@@ -330,11 +331,9 @@ class Peer:
         assert len(made) == 2
         return made
 
-    async def _start(self) -> None:
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(self._leaf)
-        tls.sni_callback = lambda _, name, __: self.seen.append(("sni", name))
-        for port, serve, context in (
+    def served(self, tls: ssl.SSLContext) -> tuple[tuple[int, Any, ssl.SSLContext | None], ...]:
+        """Port, protocol and TLS of each server."""
+        return (
             (443, self._http, tls),
             (8443, self._http, tls),
             (80, self._http, None),
@@ -343,7 +342,13 @@ class Peer:
             (7, self._echo, None),
             (9, self._keep, None),
             (53, self._dns_stream, None),
-        ):
+        )
+
+    async def _start(self) -> None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(self._leaf)
+        tls.sni_callback = lambda _, name, __: self.seen.append(("sni", name))
+        for port, serve, context in self.served(tls):
             for sock in self._sockets(socket.SOCK_STREAM, port):
                 await asyncio.start_server(serve, sock=sock, ssl=context)
         for sock in self._sockets(socket.SOCK_DGRAM, 53):
@@ -458,18 +463,21 @@ class _Resolver(asyncio.DatagramProtocol):
 class World:
     """All of it. `curl` and `python` act as the governed run."""
 
+    peer_type: type[Peer] = Peer
+
     def __init__(self, lab: Lab, directory: Path) -> None:
         self.lab = lab
         self.directory = directory
         self.ca, leaf = certificates(directory, NAMES)
         self.gateway = Gateway(lab.path("/run/agent-assembly/enforce"))
-        self.peer = Peer(lab, leaf)
+        self.peer = self.peer_type(lab, leaf)
         self.holder: subprocess.Popen[str] | None = None
         self.proxy_pid = 0
         self.log = directory / "proxy.log"
 
     def start(self, config: str = "") -> None:
         self._mount_etc(config)
+        self.prepare()
         self._redirect()
         self.gateway.start()
         self.gateway.set_run(run_json(self.lab, RUN, state="running"))
@@ -513,6 +521,16 @@ class World:
     def close(self) -> None:
         self.gateway.close()
         self.peer.close()
+
+    def prepare(self) -> None:
+        """What must be there before the daemon starts."""
+
+    def overlay(self, path: str) -> None:
+        """A folder of the machine's that is the lab's own from now on."""
+        upper, work = f"/run/own{path}/upper", f"/run/own{path}/work"
+        self.lab.run("mkdir", "-p", upper, work)
+        layers = f"lowerdir={path},upperdir={upper},workdir={work}"
+        self.lab.run("mount", "-t", "overlay", "overlay", "-o", layers, path)
 
     def _mount_etc(self, config: str) -> None:
         """This lab's own hosts file, resolvers and configuration."""
@@ -559,11 +577,10 @@ class World:
         self.peer.seen.clear()
         self.peer.queries.clear()
 
-    def curl(self, *arguments: str, run: str = RUN) -> subprocess.CompletedProcess[str]:
+    def curl(self, *arguments: str, run: str = RUN, **how: Any) -> subprocess.CompletedProcess[str]:
         options = ["--silent", "--show-error", "--max-time", "8", "--cacert", str(self.ca)]
-        return self.lab.governed(
-            run, "curl", *options, *arguments, check=False, env=_without_proxies()
-        )
+        env = _without_proxies()
+        return self.lab.governed(run, "curl", *options, *arguments, check=False, env=env, **how)
 
     def start_curl(self, *arguments: str, run: str = RUN) -> subprocess.Popen[str]:
         """One that may take its time; whoever calls ends it."""
@@ -576,16 +593,19 @@ class World:
         done = self.lab.governed(run, PYTHON, "-c", script, *arguments, env=_without_proxies())
         return str(done.stdout)
 
+    def start_python(self, script: str, *arguments: str, run: str = RUN) -> subprocess.Popen[str]:
+        return self.lab.start_governed(run, PYTHON, "-c", script, *arguments)
+
 
 def _without_proxies() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
 
 
 @contextlib.contextmanager
-def world(config: str = "") -> Iterator[World]:
+def world(config: str = "", kind: type[World] = World) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix=f"aa-test-{os.getpid()}-") as directory, Lab() as lab:
         os.chmod(directory, 0o755)
-        made = World(lab, Path(directory))
+        made = kind(lab, Path(directory))
         try:
             made.start(config)
             yield made
