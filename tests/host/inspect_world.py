@@ -34,7 +34,7 @@ def engine() -> Path:
     """mitmproxy as the package has it, made when it is not there."""
     if not (ENGINE / "mitmproxy").is_dir():
         subprocess.run(
-            ["make", "--no-print-directory", "-C", str(REPOSITORY), "inspect"],
+            ["make", "--no-print-directory", "-C", str(REPOSITORY), "build/inspect/py311"],
             check=True,
             timeout=600,
             stdout=subprocess.DEVNULL,
