@@ -83,7 +83,7 @@ class Proxy:
     inspect_workers: int = 1
     explicit_users: tuple[str, ...] = ()
     ca_dir: Path = paths.STATE_DIR / "proxy-ca"
-    """Where the workers find the intermediate; set by `aasm proxy start --ca-dir` alone."""
+    """Where the workers find the intermediate."""
 
     @property
     def workers(self) -> int:

@@ -269,10 +269,16 @@ def test_folders_that_may_not_be_writable(folder: str) -> None:
     assert folder_problem(folder) is not None
 
 
-def test_a_drop_in_moves_the_explicit_proxy_and_the_gateways_socket() -> None:
+def test_a_drop_in_moves_the_explicit_proxy_the_gateways_socket_and_the_authority() -> None:
     moved = overridden(
-        Config(), {"AA_LISTEN": "127.0.0.1:3128", "AA_GATEWAY": "/run/other/enforce"}
+        Config(),
+        {
+            "AA_LISTEN": "127.0.0.1:3128",
+            "AA_GATEWAY": "/run/other/enforce",
+            "AA_CA_DIR": "/srv/authority",
+        },
     )
+    assert moved.proxy.ca_dir == Path("/srv/authority")
     assert (moved.listen.explicit_address, moved.listen.explicit_port) == ("127.0.0.1", 3128)
     assert moved.gateway.socket == Path("/run/other/enforce")
     assert overridden(Config(), {}) == Config()

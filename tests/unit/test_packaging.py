@@ -30,10 +30,18 @@ DEBIAN_PACKAGE = {
 DISTRIBUTION = {"dns": "dnspython", "iptc": "python-iptables", "tomli_w": "tomli-w"}
 
 
-def imported() -> set[str]:
+ENGINE = {"mitmproxy": "mitmproxy", "OpenSSL": "pyopenssl", "wsproto": "wsproto"}
+"""Modules that the inspection worker has from agent-assembly-inspect, and what is pinned there."""
+
+
+def imported(directory: str = "aa") -> set[str]:
     """The modules outside the standard library that the package imports anywhere."""
+    return _imported(directory) - set(ENGINE)
+
+
+def _imported(directory: str) -> set[str]:
     found = set()
-    for path in (TOP / "aa").rglob("*.py"):
+    for path in (TOP / directory).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -52,6 +60,19 @@ def depends(field: str) -> set[str]:
 def test_deb_depends_on_exactly_the_modules_that_are_imported() -> None:
     wanted = {DEBIAN_PACKAGE[module] for module in imported()}
     assert {p for p in depends("Depends") if p.startswith("python3-")} == wanted
+
+
+def test_only_the_inspection_worker_imports_what_the_engine_brings() -> None:
+    inside = _imported("aa/proxy/inspect") & set(ENGINE)
+    assert inside == set(ENGINE)
+    for path in (TOP / "aa").rglob("*.py"):
+        if path.parent != TOP / "aa/proxy/inspect":
+            found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+            assert not set(found) & set(ENGINE), path
+    for suite in ("py311", "py313"):
+        pinned = (TOP / f"packaging/inspect/requirements-{suite}.txt").read_text()
+        for name in ENGINE.values():
+            assert re.search(rf"^{name}==", pinned, re.MULTILINE), name
 
 
 def test_distribution_depends_on_exactly_the_modules_that_are_imported() -> None:
