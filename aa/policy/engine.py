@@ -6,19 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from aa.model import Action, Decision, Effect, Kind, Mode, Obligation, Run
 from aa.policy import obligations
 from aa.policy.check import Finding, findings
+from aa.policy.explain import Explanation, Search, steps_of_defaults, steps_of_other_files
 from aa.policy.host import InvalidHost
 from aa.policy.index import RuleIndex
 from aa.policy.limits import Limit
-from aa.policy.matchers import PathQuestion
-from aa.policy.network import Match, NetworkQuestion, Request
-from aa.policy.pathname import components
+from aa.policy.matchers import ToolQuestion
+from aa.policy.network import NetworkQuestion, Request
 from aa.policy.questions import (
     Malformed,
     asked_name,
@@ -36,9 +36,9 @@ from aa.policy.sandbox import Sandbox, merged
 from aa.policy.secret import Secret
 from aa.policy.weigh import (
     Pair,
+    Requested,
     Side,
     Verdict,
-    denies_whole_host,
     weigh_connection,
     weigh_file,
     weigh_inbound,
@@ -68,6 +68,11 @@ SECTIONS: Mapping[Kind, Section] = {
     Kind.FILE_RENAME: Section.FILE,
 }
 
+# Reading a member of an enumeration takes longer than reading a name of this module.
+_TOOL_CALL, _HTTP_REQUEST, _NET_CONNECT = Kind.TOOL_CALL, Kind.HTTP_REQUEST, Kind.NET_CONNECT
+_DENY, _ENFORCE = Effect.DENY, Mode.ENFORCE
+_NETWORK, _TOOL = Section.NETWORK, Section.TOOL
+
 _STRICTNESS = ("deny", "ask", "sandbox", "allow")
 
 Weigh = Callable[[Side], Verdict]
@@ -84,44 +89,30 @@ class View:
     every: Side
     observes: bool
     """Whether one of the files only observes."""
-    mode: Mode
+    enforces: bool
+    """Whether one of them does not."""
     limits: tuple[Limit, ...]
     secrets: tuple[Secret, ...]
     models: bool
     """Whether requests to models are to be looked at."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that was considered."""
+class Finder(Protocol):
+    """Finds the rules that match: an index, or a search through all of them."""
 
-    rule: str
-    effect: str
-    matched: bool
-    why: str
-    file: str = ""
-    line: int = 0
+    def tools(self, q: ToolQuestion, bits: int, now: float) -> list[Rule]: ...
 
-    def as_json(self) -> dict[str, Json]:
-        return {
-            "rule": self.rule,
-            "effect": self.effect,
-            "matched": self.matched,
-            "why": self.why,
-            "file": self.file,
-            "line": self.line,
-        }
+    def matching(self, section: Section, q: Any, bits: int, now: float) -> list[Rule]: ...
 
+    def connections(
+        self, action: Action, bits: int, now: float
+    ) -> list[tuple[NetworkQuestion, Sequence[Pair]]]: ...
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """A decision and everything that was considered for it."""
+    def requests(
+        self, action: Action, request: Request, bits: int, now: float
+    ) -> list[tuple[NetworkQuestion, Requested]]: ...
 
-    decision: Decision
-    steps: tuple[Step, ...]
-
-    def as_json(self) -> dict[str, Json]:
-        return {"decision": self.decision.as_json(), "steps": [s.as_json() for s in self.steps]}
+    def hosts(self, name: str, bits: int, now: float) -> list[Rule]: ...
 
 
 class Policy:
@@ -138,18 +129,18 @@ class Policy:
 
     def decide(self, run: Run, action: Action, *, now: float) -> Decision:
         """The answer to an action of a run. `now` is in seconds since the epoch."""
-        view = self._view(run)
-        return self._answer(view, run, action, self._weigher(view, run, action, now, None))
+        view = self._views.get((run.agent, run.user, run.tags)) or self._view(run)
+        return self._answer(view, run, action, now, self._index)
 
     def explain(self, run: Run, action: Action, *, now: float) -> Explanation:
         """The same answer, found by looking at every rule, and why each did or did not match."""
         view = self._view(run)
-        steps: list[Step] = [*self._file_steps(view, run)]
-        weigh = self._weigher(view, run, action, now, steps)
-        decision = self._answer(view, run, action, weigh)
+        search = Search(self.files, self.rules)
+        decision = self._answer(view, run, action, now, search)
+        steps = [*steps_of_other_files(self.files, view.files, run), *search.steps]
         section = SECTIONS.get(action.kind)
         if section is not None and section in UNSTATED:
-            steps += _default_steps(view, section, decision)
+            steps += steps_of_defaults(view.files, section, decision)
         return Explanation(decision, tuple(steps))
 
     def check(self) -> list[Finding]:
@@ -160,7 +151,7 @@ class Policy:
         """What `[sandbox]` of the files that apply to a run agrees on. Files that observe count
         only where no file enforces."""
         view = self._view(run)
-        return view.every.sandbox if view.mode is Mode.OBSERVE else view.enforced.sandbox
+        return view.enforced.sandbox if view.enforces else view.every.sandbox
 
     def writable(self, run: Run) -> tuple[str, ...] | None:
         """Folders that `[sandbox] writable` opens to a run, or None if no file states it. `.` is the
@@ -206,7 +197,7 @@ class Policy:
             enforced=_side(enforced),
             every=every,
             observes=len(enforced) < len(applicable),
-            mode=Mode.OBSERVE if applicable and not enforced else Mode.ENFORCE,
+            enforces=bool(enforced),
             limits=limits,
             secrets=tuple(s for _, f in enforced for s in f.secrets),
             models=models
@@ -216,14 +207,20 @@ class Policy:
 
     # -- from verdict to decision
 
-    def _answer(self, view: View, run: Run, action: Action, weigh: Weigh) -> Decision:
+    def _answer(self, view: View, run: Run, action: Action, now: float, finder: Finder) -> Decision:
         """Modes: files that enforce decide. Files that observe take part in `would` alone, so
         that they neither block nor open anything."""
         if not view.files:
             why = NO_POLICY if not self.files else not_for(run)
             return Decision(Effect.DENY, why, "<no-policy>", self.revision)
+        try:
+            weigh = self._found(view, run, action, now, finder)
+        except Malformed as e:
+            weigh = _always(Verdict(Effect.DENY, e.rule, words=str(e)))
+        except InvalidHost as e:
+            weigh = _always(Verdict(Effect.DENY, "<invalid-host>", words=str(e)))
         would = weigh(view.every) if view.observes else None
-        if view.mode is Mode.OBSERVE:
+        if not view.enforces:
             assert would is not None
             return Decision(
                 Effect.ALLOW,
@@ -232,320 +229,115 @@ class Policy:
                 self.revision,
                 Mode.OBSERVE,
                 would.effect,
-                self._obligations(view, action, would) if would.stated else (),
+                self._obligations(view, action, would, now) if would.stated else (),
             )
         verdict = weigh(view.enforced)
+        rule = verdict.rule
+        owed = verdict.inspects or verdict.judged or view.secrets
         return Decision(
             verdict.effect,
             reason(verdict, action, view.files),
-            name_of(verdict.rule),
+            rule if isinstance(rule, str) else rule.ref,
             self.revision,
-            Mode.ENFORCE,
+            _ENFORCE,
             would.effect if would is not None else None,
-            self._obligations(view, action, verdict),
-            asked_by=tuple(name_of(rule) for rule in verdict.asks),
+            self._obligations(view, action, verdict, now) if owed else (),
+            asked_by=tuple(map(name_of, verdict.asks)) if verdict.asks else (),
         )
 
-    def _obligations(self, view: View, action: Action, verdict: Verdict) -> tuple[Obligation, ...]:
+    def _obligations(
+        self, view: View, action: Action, verdict: Verdict, now: float
+    ) -> tuple[Obligation, ...]:
         if verdict.effect is Effect.DENY:
             return ()
         if action.kind is Kind.NET_CONNECT and verdict.inspects:
-            questions = network_questions(action)
-            rules = [r for q in questions for r in self._candidates(q)]
-            return (obligations.of_connection(rules, view.bits, questions, view.models),)
-        if action.kind is Kind.HTTP_REQUEST and (verdict.judged or view.secrets):
-            q = network_questions(action)[0]
+            found = self._index.about(action)
+            return (obligations.of_connection(found, view.bits, models=view.models),)
+        if action.kind is Kind.HTTP_REQUEST:
+            (q, *_) = network_questions(action)
             return obligations.of_request(q, request_of(action)[0], verdict.judged, view.secrets)
         return ()
 
-    def _weigher(
-        self, view: View, run: Run, action: Action, now: float, steps: list[Step] | None
-    ) -> Weigh:
-        """Finds out what matches; with `steps`, by looking at every rule and saying why."""
+    def _found(self, view: View, run: Run, action: Action, now: float, finder: Finder) -> Weigh:
+        """Finds out what matches. Raises Malformed or InvalidHost."""
         kind = action.kind
-        try:
-            if kind is Kind.TOOL_CALL:
-                tool = tool_question(action)
-                return self._by_rules(view, now, steps, Section.TOOL, tool, self._index.tool)
-            if kind is Kind.HTTP_REQUEST:
-                return self._request(view, action, now, steps)
-            if kind is Kind.NET_CONNECT:
-                return self._connection(view, action, now, steps)
-            if kind is Kind.DNS_QUERY:
-                return self._name(view, action, now, steps)
-            if kind is Kind.MCP_CALL:
-                mcp = mcp_question(action)
-                return self._by_rules(view, now, steps, Section.MCP, mcp, self._index.mcp)
-            if kind is Kind.LLM_REQUEST:
-                llm = llm_question(action)
-                return self._by_rules(view, now, steps, Section.LLM, llm, self._index.llm)
-            if kind is Kind.EXEC:
-                path = exec_question(run, action)
-                return self._by_rules(view, now, steps, Section.EXEC, path, self._index.exec)
-            if kind is Kind.NET_ACCEPT:
-                inbound = inbound_question(action)
-                found = self._matching(
-                    view, now, steps, Section.INBOUND, inbound, self._index.inbound
-                )
-                return lambda side: weigh_inbound(inbound, found, side.files)
-            if SECTIONS.get(kind) is Section.FILE:
-                return self._file(view, run, action, now, steps)
+        if kind is _TOOL_CALL:
+            rules = finder.tools(tool_question(action), view.bits, now)
+            return lambda side: weigh_rules(rules, side.files, side.defaults[_TOOL])
+        if kind is _HTTP_REQUEST:
+            return _request(view, action, now, finder)
+        if kind is _NET_CONNECT:
+            return _connection(view, action, now, finder)
+        if kind is Kind.DNS_QUERY:
+            return _name(view, action, now, finder)
+        if kind in _FILE_KINDS:
+            return _file(view, run, action, now, finder)
+        if kind is Kind.NET_ACCEPT:
+            inbound = inbound_question(action)
+            rules = finder.matching(Section.INBOUND, inbound, view.bits, now)
+            return lambda side: weigh_inbound(inbound, rules, side.files)
+        section = SECTIONS.get(kind)
+        if section is None:
             words = f"{kind.value} is recorded, never asked for"
             return _always(Verdict(Effect.DENY, "<not-decided>", words=words))
-        except (Malformed, InvalidHost) as e:
-            rule = e.rule if isinstance(e, Malformed) else "<invalid-host>"
-            return _always(Verdict(Effect.DENY, rule, words=str(e)))
-
-    # -- rules that match a question by one matcher
-
-    def _by_rules(
-        self,
-        view: View,
-        now: float,
-        steps: list[Step] | None,
-        section: Section,
-        question: Any,
-        candidates: Callable[[Any], Sequence[Rule]],
-    ) -> Weigh:
-        rules = self._matching(view, now, steps, section, question, candidates)
+        question: Any
+        if kind is Kind.MCP_CALL:
+            question = mcp_question(action)
+        elif kind is Kind.LLM_REQUEST:
+            question = llm_question(action)
+        else:
+            question = exec_question(run, action)
+        rules = finder.matching(section, question, view.bits, now)
         return lambda side: weigh_rules(rules, side.files, side.defaults[section])
 
-    def _matching(
-        self,
-        view: View,
-        now: float,
-        steps: list[Step] | None,
-        section: Section,
-        question: Any,
-        candidates: Callable[[Any], Sequence[Rule]],
-    ) -> list[Rule]:
-        if steps is None:
-            return [
-                rule
-                for rule in candidates(question)
-                if rule.bit & view.bits and rule.matcher.matches(question) and rule.holds(now)
-            ]
-        found = []
-        for rule in self._rules_of(view, section):
-            matched, why = rule.matcher.why(question)
-            matched = self._step(steps, rule, matched, why, now)
-            if matched:
-                found.append(rule)
-        return found
 
-    def _rules_of(self, view: View, section: Section) -> list[Rule]:
-        return [r for r in self.rules if r.bit & view.bits and r.section is section]
-
-    def _step(self, steps: list[Step], rule: Rule, matched: bool, why: str, now: float) -> bool:
-        """Adds what was considered; a rule whose time it is not does not match."""
-        if matched and not rule.holds(now):
-            matched, why = False, f"{why}, but this is not its time (when)"
-        file = self.files[rule.file_number]
-        steps.append(Step(rule.ref, rule.effect.value, matched, why, file.path, rule.line))
-        return matched
-
-    def _file(
-        self, view: View, run: Run, action: Action, now: float, steps: list[Step] | None
-    ) -> Weigh:
-        asked: list[tuple[PathQuestion, list[Rule]]] = []
-        for q in file_questions(run, action):
-            found = self._matching(view, now, steps, Section.FILE, q, self._index.file)
-            asked.append((q, found))
-
-        def weigh(side: Side) -> Verdict:
-            return worst(
-                weigh_file(q, rules, side, directory=run.directory, home=run.home)
-                for q, rules in asked
-            )
-
-        return weigh
-
-    # -- the network
-
-    def _connection(
-        self, view: View, action: Action, now: float, steps: list[Step] | None
-    ) -> Weigh:
-        questions = network_questions(action)
-        asked = [(q, self._pairs(view, q, now, steps is not None)) for q in questions]
-        if steps is not None:
-            self._connection_steps(view, questions, now, steps)
-
-        def weigh(side: Side) -> Verdict:
-            default = side.defaults[Section.NETWORK]
-            found = [weigh_connection(q, pairs, side.files, default) for q, pairs in asked]
-            return found[0] if len(found) == 1 else worst(found)
-
-        return weigh
-
-    def _pairs(self, view: View, q: NetworkQuestion, now: float, every: bool) -> list[Pair]:
-        """The rules that match a connection; `every`: without the index."""
-        found: list[Pair] = []
-        if every:
-            for rule in self._rules_of(view, Section.NETWORK):
-                if rule.network is not None and (match := rule.network.match(q)):
-                    found.append((rule, match))
-        else:
-            for rule in self._candidates(q):
-                if rule.bit & view.bits and rule.network is not None:
-                    match = rule.network.match_rest(q)
-                    if match:
-                        found.append((rule, match))
-        return [(rule, match) for rule, match in found if rule.holds(now)]
-
-    def _candidates(self, q: NetworkQuestion) -> Sequence[Rule]:
-        named: Sequence[Rule] = self._index.host(q.host).rules if q.host else ()
-        return self._with_addresses(q, named)
-
-    def _with_addresses(self, q: NetworkQuestion, named: Sequence[Rule]) -> Sequence[Rule]:
-        by_address = self._index.addresses(q)
-        return sorted((*named, *by_address), key=_by_ref) if by_address else named
-
-    def _request(self, view: View, action: Action, now: float, steps: list[Step] | None) -> Weigh:
-        request, ambiguous = request_of(action)
-        asked = [
-            (q, *self._requested(view, q, request, now, steps is not None))
-            for q in network_questions(action)
-        ]
-        if steps is not None:
-            for q, *_ in asked:
-                self._request_steps(view, q, request, ambiguous, now, steps)
-
-        def weigh(side: Side) -> Verdict:
-            default = side.defaults[Section.NETWORK]
-            found = [
-                weigh_request(
-                    q,
-                    rules,
-                    side.files,
-                    default,
-                    ambiguous=ambiguous if ambiguous and paths & side.files else "",
-                    judged=judged,
-                )
-                for q, rules, judged, paths in asked
-            ]
-            return found[0] if len(found) == 1 else worst(found)
-
-        return weigh
-
-    def _requested(
-        self, view: View, q: NetworkQuestion, request: Request, now: float, every: bool
-    ) -> tuple[list[Rule], list[Rule], int]:
-        """The rules that match a request; those that want to see its body; the files, as bits, that
-        have rules about paths of its host."""
-        rules: list[Rule] = []
-        judged: list[Rule] = []
-        paths = 0
-        for rule in self._request_candidates(view, q, request, every):
-            n = rule.network
-            if not rule.bit & view.bits or n is None:
-                continue
-            if not (n.match(q) if every else n.match_rest(q)) or not rule.holds(now):
-                continue
-            if n.content:
-                if n.paths:
-                    paths |= rule.bit
-                if not n.match_head(request):
-                    continue
-                if n.body is not None or n.ws is not None:
-                    judged.append(rule)
-                    if n.match_facts(request) is not Match.YES:
-                        continue
-            rules.append(rule)
-        return rules, judged, paths
-
-    def _request_candidates(
-        self, view: View, q: NetworkQuestion, request: Request, every: bool
-    ) -> Sequence[Rule]:
-        if every:
-            return self._rules_of(view, Section.NETWORK)
-        if not q.host:
-            return self._with_addresses(q, ())
-        host = self._index.host(q.host)
-        # An ambiguous path is told by any rule about paths, so then all are looked at.
-        named = host.of_path(components(request.path)) if request.path else host.rules
-        return self._with_addresses(q, named)
-
-    def _name(self, view: View, action: Action, now: float, steps: list[Step] | None) -> Weigh:
-        name = asked_name(action)
-        if steps is None:
-            network = [r for r in self._index.host(name).rules if r.holds(now)]
-            dns: Sequence[Rule] = [r for r in self._index.names(name) if r.holds(now)]
-        else:
-            rules = self._rules_of(view, Section.NETWORK)
-            network = [r for r in rules if r.network and _names(r, name) and r.holds(now)]
-            self._name_steps(view, name, now, steps)
-            dns = self._matching(view, now, steps, Section.DNS, name, self._index.names)
-        return lambda side: weigh_name(network, dns, side.files, side.defaults[Section.DNS])
-
-    # -- steps of an explanation
-
-    def _file_steps(self, view: View, run: Run) -> Iterable[Step]:
-        for f in self.files:
-            if f in view.files:
-                continue
-            why = f"the file applies to {f.applies_to}; this run is agent {run.agent or '-'}, "
-            why += f"user {run.user or '-'}, tags {', '.join(run.tags) or '-'}"
-            yield Step(f.id, "", False, why, f.path, 1)
-
-    def _connection_steps(
-        self, view: View, questions: Sequence[NetworkQuestion], now: float, steps: list[Step]
-    ) -> None:
-        for rule in self._rules_of(view, Section.NETWORK):
-            assert rule.network is not None
-            answers = [rule.network.why(q) for q in questions]
-            whys = list(dict.fromkeys(why for _, why in answers))
-            matched = any(m for m, _ in answers)
-            alone = matched and not rule.network.hosts and not questions[0].by_address
-            if matched and rule.network.content and not rule.network.inspects:
-                matched = False
-                whys.append("it decides requests, where another rule inspects the connection")
-            elif matched and rule.network.inspects:
-                whys.append("it inspects: each request is decided by itself")
-            elif alone and rule.effect is not Effect.DENY:
-                whys.append("for a connection by name it only lifts the guard or asks")
-            self._step(steps, rule, matched, "; ".join(whys), now)
-        _guard_steps(questions, steps)
-
-    def _request_steps(
-        self,
-        view: View,
-        q: NetworkQuestion,
-        request: Request,
-        ambiguous: str,
-        now: float,
-        steps: list[Step],
-    ) -> None:
-        for rule in self._rules_of(view, Section.NETWORK):
-            assert rule.network is not None
-            match, why = rule.network.why(q)
-            if match and rule.network.content:
-                match, inner = rule.network.why_content(request)
-                why = f"{why}; {inner}"
-                match = match if match is Match.YES else Match.NO
-            self._step(steps, rule, bool(match), why, now)
-            if ambiguous and rule.network.paths and rule.network.match(q) and rule.holds(now):
-                why = f"{rule.ref} is about paths of this host, and the path is ambiguous: {ambiguous}"
-                steps.append(Step("<ambiguous-path>", "deny", True, why))
-        _guard_steps([q], steps)
-
-    def _name_steps(self, view: View, name: str, now: float, steps: list[Step]) -> None:
-        for rule in self._rules_of(view, Section.NETWORK):
-            n = rule.network
-            matched = _names(rule, name)
-            why = f"its hosts match {name}" if matched else f"its hosts do not match {name}"
-            if matched and n is not None and n.content and not n.inspects:
-                matched, why = False, f"it decides requests to {name}, not whether it is resolved"
-            elif matched and rule.effect is Effect.DENY and not denies_whole_host(rule):
-                matched, why = False, f"it leaves some of {name} open, so the name may be resolved"
-            self._step(steps, rule, matched, why, now)
+_FILE_KINDS = (Kind.FILE_OPEN, Kind.FILE_UNLINK, Kind.FILE_RENAME)
 
 
-def _by_ref(rule: Rule) -> str:
-    return rule.ref
+def _connection(view: View, action: Action, now: float, finder: Finder) -> Weigh:
+    asked = finder.connections(action, view.bits, now)
+
+    def weigh(side: Side) -> Verdict:
+        default = side.defaults[_NETWORK]
+        found = [weigh_connection(q, pairs, side.files, default) for q, pairs in asked]
+        return found[0] if len(found) == 1 else worst(found)
+
+    return weigh
 
 
-def _names(rule: Rule, name: str) -> bool:
-    return rule.network is not None and any(h.matches(name) for h in rule.network.hosts)
+def _request(view: View, action: Action, now: float, finder: Finder) -> Weigh:
+    request, ambiguous = request_of(action)
+    asked = finder.requests(action, request, view.bits, now)
+
+    if len(asked) == 1:  # inspected connections have one address
+        ((q, found),) = asked
+        return lambda side: weigh_request(q, found, side.files, side.defaults[_NETWORK], ambiguous)
+
+    def weigh(side: Side) -> Verdict:
+        default = side.defaults[_NETWORK]
+        return worst(weigh_request(q, r, side.files, default, ambiguous) for q, r in asked)
+
+    return weigh
+
+
+def _name(view: View, action: Action, now: float, finder: Finder) -> Weigh:
+    name = asked_name(action)
+    network = finder.hosts(name, view.bits, now)
+    dns = finder.matching(Section.DNS, name, view.bits, now)
+    return lambda side: weigh_name(network, dns, side.files, side.defaults[Section.DNS])
+
+
+def _file(view: View, run: Run, action: Action, now: float, finder: Finder) -> Weigh:
+    asked = [
+        (q, finder.matching(Section.FILE, q, view.bits, now)) for q in file_questions(run, action)
+    ]
+
+    def weigh(side: Side) -> Verdict:
+        return worst(
+            weigh_file(q, rules, side, directory=run.directory, home=run.home) for q, rules in asked
+        )
+
+    return weigh
 
 
 def _always(verdict: Verdict) -> Weigh:
@@ -558,20 +350,3 @@ def _side(files: Sequence[tuple[int, PolicyFile]]) -> Side:
         for section in UNSTATED
     }
     return Side(sum(bit for bit, _ in files), defaults, merged([f.sandbox for _, f in files]))
-
-
-def _guard_steps(questions: Sequence[NetworkQuestion], steps: list[Step]) -> None:
-    for q in questions:
-        if q.place is not None and q.place.guard:
-            why = f"{q.place.text} is {q.place.guard}: a rule that matches must name it by cidrs"
-            steps.append(Step("<guard-list>", "deny", True, why))
-
-
-def _default_steps(view: View, section: Section, decision: Decision) -> Iterable[Step]:
-    for f in view.files:
-        stated = "states" if section in f.defaults else "does not state, which means"
-        why = f"{f.path} {stated} default.{section.value} = {f.default(section)}"
-        if f.mode is Mode.OBSERVE:
-            why += " (observe)"
-        used = decision.rule == "<default>"
-        yield Step(f"{f.id}/<default>", f.default(section), used, why, f.path, f.line(section))

@@ -7,9 +7,10 @@ the rule that a decision names does not depend on where it was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from aa.model import Action
 from aa.policy.address import Place, Range
 from aa.policy.matchers import (
     InboundQuestion,
@@ -19,15 +20,21 @@ from aa.policy.matchers import (
     PathQuestion,
     ToolQuestion,
 )
-from aa.policy.network import NetworkQuestion
+from aa.policy.network import NetworkQuestion, Request
 from aa.policy.pathname import PathPattern
 from aa.policy.pattern import Depth, HostPattern, Matcher, glob, is_glob, literal_prefix
-from aa.policy.rules import Rule
+from aa.policy.questions import network_questions
+from aa.policy.rules import Rule, Section
+from aa.policy.weigh import Pair, Requested, requested
 
 KEPT_LIMIT = 8192
 """Questions whose candidates are remembered; then the memory starts anew."""
 NAME_LENGTH_LIMIT = 256
 """Characters of a name that is worth remembering."""
+ADDRESSES_KEPT = 8
+"""Addresses of a connection that is worth remembering."""
+PATHS_SEARCHED = 8
+"""Rules about paths of one connection; more are not tried one by one."""
 
 Bucket = dict[str, list[int]]
 Rules = tuple[Rule, ...]
@@ -148,36 +155,51 @@ class Paths:
         return found
 
 
-class HostRules:
-    """The network rules that name a host: those that look at paths apart from the others."""
+class End:
+    """One connection to one address, with the rules that match it, whatever the run and the time."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
-        self._plain = [
-            n for n, r in enumerate(rules) if r.network is not None and not r.network.paths
-        ]
-        self._paths = Paths()
-        self.with_paths = tuple(r for r in rules if r.network is not None and r.network.paths)
-        for n, rule in enumerate(rules):
-            if rule.network is not None:
-                self._paths.add(n, rule.network.paths)
+    __slots__ = ("_pairs", "_paths", "_plain", "_timed", "question")
 
-    def of_path(self, parts: Sequence[str]) -> Sequence[Rule]:
-        """The rules that can match a request with this path."""
-        if not self.with_paths:
-            return self.rules
-        numbers = {*self._plain, *self._paths.find(parts)}
-        return [self.rules[n] for n in sorted(numbers)]
+    def __init__(self, question: NetworkQuestion, pairs: tuple[Pair, ...]) -> None:
+        self.question = question
+        self._pairs = pairs
+        self._timed = any(rule.when is not None for rule, _ in pairs)
+        with_paths = [n for n, (rule, _) in enumerate(pairs) if rule.network and rule.network.paths]
+        self._paths: Paths | None = None
+        if len(with_paths) > PATHS_SEARCHED:
+            self._paths = Paths()
+            for n in with_paths:
+                network = pairs[n][0].network
+                assert network is not None
+                self._paths.add(n, network.paths)
+        self._plain = set(range(len(pairs))) - set(with_paths)
+
+    def pairs(self, now: float) -> Sequence[Pair]:
+        if not self._timed:
+            return self._pairs
+        return [pair for pair in self._pairs if pair[0].holds(now)]
+
+    def pairs_of(self, request: Request, now: float) -> Sequence[Pair]:
+        """Those that can match a request."""
+        # An ambiguous path fits every denial, so then all are looked at.
+        if self._paths is None or not request.path:
+            return self.pairs(now)
+        numbers = self._plain.union(self._paths.find(request.parts))
+        found = [self._pairs[n] for n in sorted(numbers)]
+        return [pair for pair in found if pair[0].holds(now)] if self._timed else found
 
 
 class RuleIndex:
-    """An index over rules that are given in the order in which they are to be found."""
+    """An index over rules that are given in the order in which they are to be found.
+
+    `bits` are files; `now` is in seconds since the epoch.
+    """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = tuple(rules)
         self._hosts = Hosts()
-        self._names = Hosts()
         self._ranges = Ranges()  # of network rules without hosts
+        self._names = Hosts()
         self._inbound = Ranges()
         self._exec = Paths()
         self._file = Paths()
@@ -189,54 +211,141 @@ class RuleIndex:
         self._provider = Globs()
         for number, rule in enumerate(self._rules):
             self._add(number, rule)
-        self._host_memory: dict[str, HostRules] = {}
+        self._find: Mapping[Section, Callable[[Any], Rules]] = {
+            Section.DNS: self._dns_rules,
+            Section.INBOUND: self._inbound_rules,
+            Section.EXEC: self._exec_rules,
+            Section.FILE: self._file_rules,
+            Section.MCP: self._mcp_rules,
+            Section.LLM: self._llm_rules,
+        }
+        self._end_memory: dict[tuple[Any, ...], tuple[End, ...]] = {}
+        self._host_memory: dict[str, Rules] = {}
         self._name_memory: dict[str, Rules] = {}
         self._tool_memory: dict[str, Rules] = {}
         self._mcp_memory: dict[tuple[str, str], Rules] = {}
-        self._llm_memory: dict[tuple[str, str], Rules] = {}
+        self._llm_memory: dict[LlmQuestion, Rules] = {}
 
     # -- finding
 
-    def host(self, name: str) -> HostRules:
-        """The network rules with a host pattern that matches the name."""
+    def tools(self, q: ToolQuestion, bits: int, now: float) -> list[Rule]:
+        """The tool rules that match a call."""
+        found = self._tool_memory.get(q.name)
+        if found is None:
+            found = self._ordered(self._tool.find(q.name))
+            _remember(self._tool_memory, q.name, found, len(q.name))
+        return [
+            rule
+            for rule in found
+            if rule.bit & bits
+            and (rule.when is None or rule.holds(now))
+            and rule.matcher.matches_rest(q)
+        ]
+
+    def matching(self, section: Section, q: Any, bits: int, now: float) -> list[Rule]:
+        """The rules of a section, other than network, that match a question."""
+        return [
+            rule
+            for rule in self._find[section](q)
+            if rule.bit & bits and rule.holds(now) and rule.matcher.matches(q)
+        ]
+
+    def connections(
+        self, action: Action, bits: int, now: float
+    ) -> list[tuple[NetworkQuestion, Sequence[Pair]]]:
+        """The rules that match a connection, for each of its addresses; of other files too.
+
+        Raises Malformed or InvalidHost.
+        """
+        return [(end.question, end.pairs(now)) for end in self._ends(action)]
+
+    def requests(
+        self, action: Action, request: Request, bits: int, now: float
+    ) -> list[tuple[NetworkQuestion, Requested]]:
+        """The rules that match a request. Raises Malformed or InvalidHost."""
+        return [
+            (end.question, requested(end.pairs_of(request, now), request, bits))
+            for end in self._ends(action)
+        ]
+
+    def hosts(self, name: str, bits: int, now: float) -> list[Rule]:
+        """The network rules with a host pattern that matches a name."""
+        return [r for r in self._host_rules(name) if r.bit & bits and r.holds(now)]
+
+    def about(self, action: Action) -> list[tuple[NetworkQuestion, Rules]]:
+        """The network rules about the host or the address of a connection, whatever else they say."""
+        return [(q, self._network_rules(q)) for q in network_questions(action)]
+
+    # -- candidates
+
+    def _ends(self, action: Action) -> tuple[End, ...]:
+        a = action.attributes
+        addresses, port = a.get("addresses"), a.get("port")
+        kind = type(addresses)
+        key = None
+        if addresses is None or (
+            (kind is list or kind is tuple) and len(addresses) <= ADDRESSES_KEPT
+        ):
+            key = (
+                action.target,
+                a.get("host"),
+                port,
+                type(port),  # 443 is not 443.0
+                a.get("protocol"),
+                a.get("answered"),
+                a.get("own_listener") is True,
+                None if addresses is None else tuple(addresses),
+            )
+            try:
+                found = self._end_memory.get(key)
+            except TypeError:  # something in it is no text
+                key = found = None
+            if found is not None:
+                return found
+        ends = tuple(End(q, self._pairs(q)) for q in network_questions(action))
+        if key is not None:
+            _remember(self._end_memory, key, ends, len(action.target))
+        return ends
+
+    def _pairs(self, q: NetworkQuestion) -> tuple[Pair, ...]:
+        found = []
+        for rule in self._network_rules(q):
+            assert rule.network is not None
+            match = rule.network.match_rest(q)
+            if match:
+                found.append((rule, match))
+        return tuple(found)
+
+    def _network_rules(self, q: NetworkQuestion) -> Rules:
+        numbers = self._ranges.find(q.place) if q.place is not None else []
+        if not numbers:
+            return self._host_rules(q.host) if q.host else ()
+        return self._ordered(numbers + self._hosts.find(q.host) if q.host else numbers)
+
+    def _host_rules(self, name: str) -> Rules:
         found = self._host_memory.get(name)
         if found is None:
-            found = HostRules(self._ordered(self._hosts.find(name)))
+            found = self._ordered(self._hosts.find(name))
             _remember(self._host_memory, name, found, len(name))
         return found
 
-    def addresses(self, q: NetworkQuestion) -> list[Rule]:
-        """The network rules without hosts that name the question's address."""
-        if q.place is None or not self._ranges:
-            return []
-        return list(self._ordered(self._ranges.find(q.place)))
-
-    def names(self, name: str) -> Rules:
-        """The dns rules that match a name."""
+    def _dns_rules(self, name: str) -> Rules:
         found = self._name_memory.get(name)
         if found is None:
             found = self._ordered(self._names.find(name))
             _remember(self._name_memory, name, found, len(name))
         return found
 
-    def inbound(self, q: InboundQuestion) -> Rules:
+    def _inbound_rules(self, q: InboundQuestion) -> Rules:
         return self._ordered(self._inbound.find(q.peer))
 
-    def exec(self, q: PathQuestion) -> Rules:
+    def _exec_rules(self, q: PathQuestion) -> Rules:
         return self._ordered(self._exec.find_file(q))
 
-    def file(self, q: PathQuestion) -> Rules:
+    def _file_rules(self, q: PathQuestion) -> Rules:
         return self._ordered(self._file.find_file(q))
 
-    def tool(self, q: ToolQuestion) -> Rules:
-        """The tool rules whose names match."""
-        found = self._tool_memory.get(q.name)
-        if found is None:
-            found = self._ordered(self._tool.find(q.name))
-            _remember(self._tool_memory, q.name, found, len(q.name))
-        return found
-
-    def mcp(self, q: McpQuestion) -> Rules:
+    def _mcp_rules(self, q: McpQuestion) -> Rules:
         key = (q.server, q.tool)
         found = self._mcp_memory.get(key)
         if found is None:
@@ -245,12 +354,11 @@ class RuleIndex:
             _remember(self._mcp_memory, key, found, len(q.server) + len(q.tool))
         return found
 
-    def llm(self, q: LlmQuestion) -> Rules:
-        key = (q.provider, q.model)
-        found = self._llm_memory.get(key)
+    def _llm_rules(self, q: LlmQuestion) -> Rules:
+        found = self._llm_memory.get(q)
         if found is None:
             found = self._ordered(self._provider.find(q.provider) + self._model.find(q.model))
-            _remember(self._llm_memory, key, found, len(q.provider) + len(q.model))
+            _remember(self._llm_memory, q, found, len(q.provider) + len(q.model))
         return found
 
     # -- filling
@@ -271,23 +379,24 @@ class RuleIndex:
         elif rule.tool is not None:
             self._tool.add(number, rule.tool.names)
         elif rule.mcp is not None:
-            self._add_first(
-                number, (rule.mcp.tool, self._mcp_tool), (rule.mcp.server, self._mcp_server)
-            )
+            ways = ((rule.mcp.tool, self._mcp_tool), (rule.mcp.server, self._mcp_server))
+            if not _add_first(number, ways):
+                self._mcp_rest.append(number)
         elif rule.llm is not None:
-            self._add_first(
-                number, (rule.llm.model, self._model), (rule.llm.provider, self._provider)
-            )
-
-    def _add_first(self, number: int, *ways: tuple[Names | None, Globs]) -> None:
-        for names, at in ways:
-            if names is not None:
-                at.add(number, names.texts)
-                return
-        self._mcp_rest.append(number)
+            ways = ((rule.llm.model, self._model), (rule.llm.provider, self._provider))
+            _add_first(number, ways)
 
     def _ordered(self, numbers: Iterable[int]) -> Rules:
         return tuple(self._rules[n] for n in sorted(set(numbers)))
+
+
+def _add_first(number: int, ways: Iterable[tuple[Names | None, Globs]]) -> bool:
+    """Adds a rule by the first of its parts that it has."""
+    for names, at in ways:
+        if names is not None:
+            at.add(number, names.texts)
+            return True
+    return False
 
 
 def _remember(memory: dict[K, T], key: K, found: T, length: int) -> None:

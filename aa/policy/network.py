@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from aa.model import Effect
 from aa.policy.address import Place, Range
 from aa.policy.content import ANY, IN
-from aa.policy.pathname import PathPattern, components
+from aa.policy.pathname import PathPattern
 from aa.policy.pattern import HostPattern, Matcher
 
 Json = Any
@@ -37,6 +37,8 @@ class Request(NamedTuple):
     method: str | None
     path: str | None
     """In its normal form, "" if it is ambiguous."""
+    parts: tuple[str, ...]
+    """The path's components."""
     headers: Mapping[str, str] | None
     body: Mapping[str, Json] | None
     ws: Mapping[str, Json] | None
@@ -131,12 +133,20 @@ class NetworkMatcher:
     """Whether it decides requests, and no connection."""
     inspects: bool = field(init=False)
     """Whether what it matches is decrypted. A denial never widens what is."""
+    looks: bool = field(init=False)
+    """Whether it looks at bodies or messages."""
+    _paths: tuple[frozenset[str], tuple[PathPattern, ...]] = field(init=False, compare=False)
+    """Those of `paths` without wildcards, and the others."""
 
     def __post_init__(self) -> None:
         head = bool(self.methods or self.paths or self.headers)
+        looks = self.body is not None or self.ws is not None
         inspects = self.effect is not Effect.DENY and (head or self.inspect)
-        object.__setattr__(self, "content", bool(head or self.body or self.ws))
+        exact = frozenset("/" + "/".join(p.literal) for p in self.paths if not p.runs)
+        object.__setattr__(self, "content", head or looks)
         object.__setattr__(self, "inspects", inspects)
+        object.__setattr__(self, "looks", looks)
+        object.__setattr__(self, "_paths", (exact, tuple(p for p in self.paths if p.runs)))
 
     # -- the connection
 
@@ -193,11 +203,11 @@ class NetworkMatcher:
 
     def match_head(self, r: Request) -> bool:
         """Whether method, path and headers fit. What is not known counts against the agent."""
-        against = self.effect is not Effect.ALLOW
+        methods = self.methods
         return (
-            (self.methods is None or self._method(r.method, against))
-            and (not self.paths or self._path(r.path, against))
-            and (not self.headers or self._headers(r.headers, against))
+            (methods is None or r.method in methods or self._other_method(r.method))
+            and (not self.paths or self._path(r))
+            and (not self.headers or self._headers(r.headers))
         )
 
     def match_facts(self, r: Request) -> Match:
@@ -217,30 +227,27 @@ class NetworkMatcher:
                 return Match.NO
         return Match.YES
 
-    def _method(self, method: str | None, against: bool) -> bool:
+    def _other_method(self, method: str | None) -> bool:
+        """A server may take `get` for GET, so a denial does."""
         assert self.methods is not None
-        if method is None:
-            return against
-        # A server may take `get` for GET, so a denial does.
-        return method in self.methods or (against and method.upper() in self.methods)
-
-    def _path(self, path: str | None, against: bool) -> bool:
-        if not path:
-            return against
-        parts = components(path)
-        if any(p.matches(parts) for p in self.paths):
-            return True
-        # Most servers take /a/ for /a, so what is no permission does.
-        return (
-            against
-            and len(parts) > 1
-            and not parts[-1]
-            and any(p.matches(parts[:-1]) for p in self.paths)
+        return self.effect is not Effect.ALLOW and (
+            method is None or method.upper() in self.methods
         )
 
-    def _headers(self, headers: Mapping[str, str] | None, against: bool) -> bool:
+    def _path(self, r: Request) -> bool:
+        if not r.path:
+            return self.effect is not Effect.ALLOW
+        exact, wild = self._paths
+        if r.path in exact or any(p.matches(r.parts) for p in wild):
+            return True
+        if self.effect is Effect.ALLOW or r.parts[-1] or len(r.parts) == 1:
+            return False
+        # Most servers take /a/ for /a, so what is no permission does.
+        return r.path[:-1] in exact or any(p.matches(r.parts[:-1]) for p in wild)
+
+    def _headers(self, headers: Mapping[str, str] | None) -> bool:
         if headers is None:
-            return against
+            return self.effect is not Effect.ALLOW
         for h in self.headers:
             value = headers.get(h.name)
             if value is None or not h.matches(value, self.effect):
@@ -275,12 +282,12 @@ class NetworkMatcher:
     def why_content(self, r: Request) -> tuple[Match, str]:
         """The answer of `match_content`, and the words for it."""
         answer = self.match_content(r)
-        against = self.effect is not Effect.ALLOW
-        if self.methods is not None and not self._method(r.method, against):
-            return answer, f"its methods are {listed(sorted(self.methods))}, not {r.method or '-'}"
-        if self.paths and not self._path(r.path, against):
+        methods = self.methods
+        if methods is not None and not (r.method in methods or self._other_method(r.method)):
+            return answer, f"its methods are {listed(sorted(methods))}, not {r.method or '-'}"
+        if self.paths and not self._path(r):
             return answer, f"none of its paths ({listed(self.paths)}) matches {r.path or '-'}"
-        if self.headers and not self._headers(r.headers, against):
+        if self.headers and not self._headers(r.headers):
             return answer, f"the headers do not fulfil {listed(self.headers)}"
         if answer is Match.PROVISIONAL:
             what = "WebSocket messages" if self.ws is not None else "the body"

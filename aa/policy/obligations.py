@@ -7,12 +7,7 @@ from typing import Any
 
 from aa.model import Effect, Obligation
 from aa.policy.content import IN, OUT
-from aa.policy.network import (
-    DEFAULT_INSPECT_LIMIT,
-    NetworkMatcher,
-    NetworkQuestion,
-    Request,
-)
+from aa.policy.network import DEFAULT_INSPECT_LIMIT, NetworkQuestion, Request
 from aa.policy.rules import Rule
 from aa.policy.secret import Secret
 
@@ -22,22 +17,28 @@ INSPECT = "inspect"
 
 
 def of_connection(
-    rules: Iterable[Rule], files: int, questions: Sequence[NetworkQuestion], models: bool
+    found: Iterable[tuple[NetworkQuestion, Sequence[Rule]]], files: int, *, models: bool
 ) -> Obligation:
     """What the worker that inspects a connection must know: the headers that rules mention (it
-    tells no others), and whether it will have to look at bodies and messages."""
+    tells no others), and whether it will have to look at bodies and messages.
+
+    `found` are the rules about its host or address, whatever time it is: a connection may last.
+    """
     headers: set[str] = set()
     body = ws = False
     limits: list[int] = []
-    for rule in rules:
-        n = rule.network
-        if not rule.bit & files or n is None or not any(_may_match(n, q) for q in questions):
-            continue
-        headers.update(h.name for h in n.headers)
-        body = body or n.body is not None
-        ws = ws or n.ws is not None or n.body is not None
-        if n.inspect_limit is not None:
-            limits.append(n.inspect_limit)
+    for q, rules in found:
+        for rule in rules:
+            n = rule.network
+            if not rule.bit & files or n is None or n.protocol == "opaque":
+                continue
+            if n.ports is not None and q.port not in n.ports:
+                continue
+            headers.update(h.name for h in n.headers)
+            body = body or n.body is not None
+            ws = ws or n.looks
+            if n.inspect_limit is not None:
+                limits.append(n.inspect_limit)
     return Obligation(
         INSPECT,
         {
@@ -48,17 +49,6 @@ def of_connection(
             "llm": models,
         },
     )
-
-
-def _may_match(n: NetworkMatcher, q: NetworkQuestion) -> bool:
-    """Whether a rule can be about a request of this connection, at another time if not now."""
-    if n.ports is not None and q.port not in n.ports:
-        return False
-    if n.hosts and not (q.host and any(h.matches(q.host) for h in n.hosts)):
-        return False
-    if not n.hosts and q.place is not None:
-        return any(r.contains(q.place) for r in n.ranges)
-    return n.protocol != "opaque"
 
 
 def of_request(

@@ -36,8 +36,8 @@ class PathPattern:
     home: bool
     literal: tuple[str, ...]
     """The components before the first wildcard."""
-    rest: tuple[Matcher | None, ...]
-    """Those from there on; None is `**`."""
+    runs: tuple[tuple[Matcher, ...], ...]
+    """Those from there on, split where a `**` stands; () for a pattern without wildcards."""
     whole: bool
 
     def matches(self, parts: Sequence[str]) -> bool:
@@ -45,7 +45,9 @@ class PathPattern:
         n = len(self.literal)
         if len(parts) < n or tuple(parts[:n]) != self.literal:
             return False
-        return _matches(self.rest, parts, n, self.whole)
+        if not self.runs:
+            return len(parts) == n
+        return _matches(self.runs, parts, n, self.whole)
 
     def covers(self, other: PathPattern) -> bool:
         """Whether it is sure to match whatever the other one does."""
@@ -53,9 +55,9 @@ class PathPattern:
             return False
         if self.text == other.text:
             return self.whole or not other.whole
-        if not other.rest:
+        if not other.runs:
             return self.matches(other.literal)
-        deep = len(self.rest) == 1 and self.rest[0] is None
+        deep = self.runs == ((), ())
         n = len(self.literal)
         return deep and other.literal[:n] == self.literal and (self.whole or not other.whole)
 
@@ -63,14 +65,10 @@ class PathPattern:
         return self.text
 
 
-def _matches(rest: Sequence[Matcher | None], parts: Sequence[str], at: int, whole: bool) -> bool:
-    """Runs of single components between `**`: the first place where one fits leaves the most."""
-    runs: list[list[Matcher]] = [[]]
-    for test in rest:
-        if test is None:
-            runs.append([])
-        else:
-            runs[-1].append(test)
+def _matches(
+    runs: tuple[tuple[Matcher, ...], ...], parts: Sequence[str], at: int, whole: bool
+) -> bool:
+    """Between two `**` the first place where a run fits leaves the most for those behind it."""
     first, *deeper = runs
     if not _fits(first, parts, at):
         return False
@@ -141,8 +139,13 @@ def _pattern(text: str, path: str, *, home: bool, whole: bool) -> PathPattern:
             f"{text!r} has ** inside a component", "** stands alone between slashes"
         )
     first = next((n for n, part in enumerate(parts) if "*" in part), len(parts))
-    rest = tuple(None if part == DEEP else glob(part) for part in parts[first:])
-    return PathPattern(text, home, parts[:first], rest, whole)
+    runs: list[tuple[Matcher, ...]] = [()] if first < len(parts) else []
+    for part in parts[first:]:
+        if part == DEEP:
+            runs.append(())
+        else:
+            runs[-1] += (glob(part),)
+    return PathPattern(text, home, parts[:first], tuple(runs), whole)
 
 
 # -- the path of a request ---------------------------------------------------------------------
@@ -158,6 +161,15 @@ or after it has split the path."""
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
+def read_path(raw: str) -> tuple[str, tuple[str, ...], str]:
+    """A request's path in its normal form and its components; or "", none, and why it is ambiguous."""
+    try:
+        path = normal_path(raw)
+    except AmbiguousPath as e:
+        return "", (), str(e)
+    return path, components(path), ""
+
+
 def normal_path(raw: str) -> str:
     """The one form of a request's path that rules compare with: decoded, in UTF-8.
 

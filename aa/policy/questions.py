@@ -21,7 +21,7 @@ from aa.policy.matchers import (
     path_question,
 )
 from aa.policy.network import NetworkQuestion, Request
-from aa.policy.pathname import AmbiguousPath, normal_path
+from aa.policy.pathname import read_path
 
 Json = Any
 
@@ -127,29 +127,21 @@ def request_of(action: Action) -> tuple[Request, str]:
     a = action.attributes
     if a.get("protocol") not in ("tls", "http"):
         raise Malformed("an http.request says its protocol, tls or http")
-    method, path, ambiguous = a.get("method"), a.get("path"), ""
-    if not isinstance(path, str):
-        path = None
-    else:
-        try:
-            path = normal_path(path)
-        except AmbiguousPath as e:
-            path, ambiguous = "", str(e)
-    return (
-        Request(
-            method if isinstance(method, str) else None,
-            path,
-            _headers(a.get("headers")),
-            _facts(a, "body"),
-            _message(_facts(a, "ws")),
-        ),
-        ambiguous,
+    method, raw = a.get("method"), a.get("path")
+    path, parts, ambiguous = read_path(raw) if isinstance(raw, str) else (None, (), "")
+    headers, body, ws = a.get("headers"), a.get("body"), a.get("ws")
+    request = Request(
+        method if isinstance(method, str) else None,
+        path,
+        parts,
+        _headers(headers) if headers is not None else None,
+        _facts("body", body) if body is not None else None,
+        _message(ws) if ws is not None else None,
     )
+    return request, ambiguous
 
 
-def _headers(value: Json) -> Mapping[str, str] | None:
-    if value is None:
-        return None
+def _headers(value: Json) -> Mapping[str, str]:
     if not isinstance(value, Mapping) or not all(
         isinstance(v, str) and isinstance(name, str) and name == name.lower()
         for name, v in value.items()
@@ -158,15 +150,15 @@ def _headers(value: Json) -> Mapping[str, str] | None:
     return value
 
 
-def _facts(attributes: Mapping[str, Json], key: str) -> Mapping[str, Json] | None:
-    value = attributes.get(key)
-    if value is None or isinstance(value, Mapping):
-        return value
-    raise Malformed(f"{key} must be the facts about it")
+def _facts(key: str, value: Json) -> Mapping[str, Json]:
+    if not isinstance(value, Mapping):
+        raise Malformed(f"{key} must be the facts about it")
+    return value
 
 
-def _message(facts: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
-    if facts is not None and facts.get("direction") not in (OUT, IN):
+def _message(value: Json) -> Mapping[str, Json]:
+    facts = _facts("ws", value)
+    if facts.get("direction") not in (OUT, IN):
         raise Malformed("ws says its direction, out or in")
     return facts
 

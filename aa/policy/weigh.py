@@ -8,11 +8,14 @@ from typing import NamedTuple
 from aa.model import Effect
 from aa.policy.address import Place
 from aa.policy.matchers import Access, InboundQuestion, PathQuestion
-from aa.policy.network import Match, NetworkQuestion
+from aa.policy.network import Match, NetworkQuestion, Request
 from aa.policy.rules import Rule, Section
 from aa.policy.sandbox import Sandbox
 
-RANK = {Effect.DENY: 0, Effect.ASK: 1, Effect.ALLOW: 2}
+# Reading a member of an enumeration takes longer than reading a name of this module.
+_DENY, _ASK, _ALLOW, _YES = Effect.DENY, Effect.ASK, Effect.ALLOW, Match.YES
+
+RANK = {Effect.DENY: 0, _ASK: 1, _ALLOW: 2}
 
 
 class Side(NamedTuple):
@@ -43,6 +46,38 @@ class Verdict(NamedTuple):
 Pair = tuple[Rule, Match]
 
 
+class Requested(NamedTuple):
+    """What matched a request."""
+
+    rules: Sequence[Rule]
+    judged: Sequence[Rule]
+    """Those that want to see its body or its messages, whatever is in them."""
+    paths: int
+    """The files, as bits, that have a rule about paths among those that match the connection."""
+
+
+def requested(pairs: Sequence[Pair], r: Request, bits: int) -> Requested:
+    """Of the rules that match a connection, those of some files that match a request in it."""
+    rules: list[Rule] = []
+    judged: list[Rule] = []
+    paths = 0
+    for rule, _ in pairs:
+        n = rule.network
+        if not rule.bit & bits or n is None:
+            continue
+        if n.content:
+            if n.paths:
+                paths |= rule.bit
+            if not n.match_head(r):
+                continue
+            if n.looks:
+                judged.append(rule)
+                if n.match_facts(r) is not _YES:
+                    continue
+        rules.append(rule)
+    return Requested(rules, judged, paths)
+
+
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The strictest of several, the first of equals. What one of them inspects, is inspected."""
     found: Verdict | None = None
@@ -56,7 +91,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
         if found is None or RANK[v.effect] < RANK[found.effect]:
             found = v
     assert found is not None
-    asks = asks if found.effect is Effect.ASK else ()
+    asks = asks if found.effect is _ASK else ()
     return found._replace(inspects=inspects, stated=stated, judged=judged, asks=asks)
 
 
@@ -67,22 +102,22 @@ def weigh_rules(rules: Iterable[Rule], files: int, default: str) -> Verdict:
     for rule in rules:
         if not rule.bit & files:
             continue
-        if rule.effect is Effect.DENY:
-            return Verdict(Effect.DENY, rule)
-        if rule.effect is Effect.ASK:
+        if rule.effect is _DENY:
+            return Verdict(_DENY, rule)
+        if rule.effect is _ASK:
             asks += (rule,)
         elif allow is None:
             allow = rule
     if asks:
-        return Verdict(Effect.ASK, asks[0], asks=asks)
+        return Verdict(_ASK, asks[0], asks=asks)
     if allow is not None:
-        return Verdict(Effect.ALLOW, allow)
+        return Verdict(_ALLOW, allow)
     return _default(default)
 
 
 def _default(default: str, place: Place | None = None) -> Verdict:
     effect = Effect(default)
-    asks = ("<default>",) if effect is Effect.ASK else ()
+    asks = ("<default>",) if effect is _ASK else ()
     return Verdict(effect, "<default>", place, asks=asks)
 
 
@@ -106,41 +141,41 @@ def weigh_connection(
         assert matcher is not None
         if matcher.content and not matcher.inspects:
             continue  # a denial by content, or a question about a body: it decides requests
-        if rule.effect is Effect.DENY:
-            return Verdict(Effect.DENY, rule, q.place)
+        if rule.effect is _DENY:
+            return Verdict(_DENY, rule, q.place)
         if guarded and q.place is not None and q.place.named_by(matcher.ranges):
             guarded = False
         if matcher.inspects:
             inspects, stated = True, stated or matcher.inspect
-        elif rule.effect is Effect.ASK:
+        elif rule.effect is _ASK:
             asks += (rule,)
         if not matcher.hosts and not q.by_address:
-            if rule.effect is Effect.ASK and not matcher.content:
+            if rule.effect is _ASK and not matcher.content:
                 range_ask = range_ask or rule
         elif matcher.inspects:
             inspect = inspect or rule
-        elif rule.effect is Effect.ASK:
-            if match is Match.YES:
+        elif rule.effect is _ASK:
+            if match is _YES:
                 ask = ask or rule
             else:
                 maybe_ask = maybe_ask or rule
-        elif match is Match.YES:
+        elif match is _YES:
             allow = allow or rule
         else:
             maybe_allow = maybe_allow or rule
     chosen = inspect or ask or allow or maybe_ask or maybe_allow
     effect = chosen.effect if chosen is not None else Effect(default)
     if inspect is not None:
-        effect = Effect.ALLOW
-    if q.own and not (chosen is not None and effect is Effect.ASK):
-        return Verdict(Effect.ALLOW, "<own-listener>", q.place)
-    if effect is Effect.DENY:
+        effect = _ALLOW
+    if q.own and not (chosen is not None and effect is _ASK):
+        return Verdict(_ALLOW, "<own-listener>", q.place)
+    if effect is _DENY:
         return Verdict(effect, "<default>", q.place)
     if guarded and not q.own:
-        return Verdict(Effect.DENY, "<guard-list>", q.place)
-    if effect is Effect.ALLOW and range_ask is not None and not inspects:
-        chosen, effect = range_ask, Effect.ASK
-    if effect is not Effect.ASK:
+        return Verdict(_DENY, "<guard-list>", q.place)
+    if effect is _ALLOW and range_ask is not None and not inspects:
+        chosen, effect = range_ask, _ASK
+    if effect is not _ASK:
         return Verdict(effect, chosen or "<default>", q.place, "", inspects, stated)
     return Verdict(
         effect, chosen or "<default>", q.place, "", inspects, stated, asks=asks or ("<default>",)
@@ -148,34 +183,26 @@ def weigh_connection(
 
 
 def weigh_request(
-    q: NetworkQuestion,
-    rules: Sequence[Rule],
-    files: int,
-    default: str,
-    *,
-    ambiguous: str,
-    judged: Sequence[Rule],
+    q: NetworkQuestion, found: Requested, files: int, default: str, ambiguous: str
 ) -> Verdict:
-    """The same for a request in an inspected connection; `rules` fit it with all their content.
-
-    `ambiguous` says what is wrong with the path where a rule about paths applies.
-    """
+    """The same for a request in an inspected connection. `ambiguous` says what is wrong with its
+    path, which matters where a rule about paths applies."""
     ask = allow = range_ask = None
     asks: tuple[Rule, ...] = ()
     guarded = q.place is not None and bool(q.place.guard)
-    for rule in rules:
+    for rule in found.rules:
         if not rule.bit & files:
             continue
-        if rule.effect is Effect.DENY:
-            return Verdict(Effect.DENY, rule, q.place)
+        effect = rule.effect
+        if effect is _DENY:
+            return Verdict(effect, rule, q.place)
         matcher = rule.network
         assert matcher is not None
         if guarded and q.place is not None and q.place.named_by(matcher.ranges):
             guarded = False
         # A question about a body or a message is one about a request that another rule allows.
-        looks = matcher.body is not None or matcher.ws is not None
-        opens = (bool(matcher.hosts) or q.by_address) and not looks
-        if rule.effect is Effect.ASK:
+        opens = (matcher.hosts or q.by_address) and not matcher.looks
+        if effect is _ASK:
             asks += (rule,)
             if opens:
                 ask = ask or rule
@@ -183,18 +210,18 @@ def weigh_request(
                 range_ask = range_ask or rule
         elif opens:
             allow = allow or rule
-    if ambiguous:
-        return Verdict(Effect.DENY, "<ambiguous-path>", q.place, ambiguous)
+    if ambiguous and found.paths & files:
+        return Verdict(_DENY, "<ambiguous-path>", q.place, ambiguous)
     chosen = ask or allow
     effect = chosen.effect if chosen is not None else Effect(default)
-    if effect is Effect.DENY:
+    if effect is _DENY:
         return Verdict(effect, "<default>", q.place)
     if guarded:
-        return Verdict(Effect.DENY, "<guard-list>", q.place)
-    if effect is Effect.ALLOW and range_ask is not None:
-        chosen, effect = range_ask, Effect.ASK
-    wanted = tuple(rule for rule in judged if rule.bit & files)
-    if effect is not Effect.ASK:
+        return Verdict(_DENY, "<guard-list>", q.place)
+    if effect is _ALLOW and range_ask is not None:
+        chosen, effect = range_ask, _ASK
+    wanted = tuple(rule for rule in found.judged if rule.bit & files) if found.judged else ()
+    if effect is not _ASK:
         return Verdict(effect, chosen or "<default>", q.place, judged=wanted)
     asked = asks or ("<default>",)
     return Verdict(effect, chosen or "<default>", q.place, judged=wanted, asks=asked)
@@ -204,7 +231,7 @@ def weigh_name(network: Sequence[Rule], dns: Sequence[Rule], files: int, default
     """A name may be resolved if a rule may let a connection to it through, on whatever port, or if
     a dns rule says so; a dns rule can deny or ask all the same."""
     own = weigh_rules(dns, files, Effect.DENY.value)
-    if own.rule != "<default>" and own.effect is Effect.DENY:
+    if own.rule != "<default>" and own.effect is _DENY:
         return own
     asks: tuple[Rule, ...] = ()
     allow: Rule | None = None
@@ -212,19 +239,19 @@ def weigh_name(network: Sequence[Rule], dns: Sequence[Rule], files: int, default
         matcher = rule.network
         if not rule.bit & files or matcher is None or (matcher.content and not matcher.inspects):
             continue
-        if rule.effect is Effect.DENY:
+        if rule.effect is _DENY:
             if denies_whole_host(rule):
-                return Verdict(Effect.DENY, rule)
-        elif rule.effect is Effect.ASK and not matcher.inspects:
+                return Verdict(_DENY, rule)
+        elif rule.effect is _ASK and not matcher.inspects:
             asks += (rule,)
         elif allow is None:
             allow = rule
-    if own.rule != "<default>" and (own.effect is Effect.ASK or allow is None):
+    if own.rule != "<default>" and (own.effect is _ASK or allow is None):
         return own
     if allow is not None:
-        return Verdict(Effect.ALLOW, allow)
+        return Verdict(_ALLOW, allow)
     if asks:
-        return Verdict(Effect.ASK, asks[0], asks=asks)
+        return Verdict(_ASK, asks[0], asks=asks)
     return _default(default)
 
 
@@ -240,7 +267,7 @@ def weigh_inbound(q: InboundQuestion, rules: Sequence[Rule], files: int) -> Verd
     """From loopback a run's listeners are open unless a rule denies it; from elsewhere closed."""
     found = weigh_rules(rules, files, Effect.DENY.value)
     if found.rule == "<default>" and q.peer.guard == "loopback":
-        return Verdict(Effect.ALLOW, "<loopback>")
+        return Verdict(_ALLOW, "<loopback>")
     return found
 
 
@@ -249,27 +276,27 @@ def weigh_file(
 ) -> Verdict:
     """Rules first; what `[sandbox] read_only` names is not written whatever they allow."""
     found = weigh_rules(rules, side.files, Effect.DENY.value)
-    if found.effect is Effect.DENY and found.rule != "<default>":
+    if found.effect is _DENY and found.rule != "<default>":
         return found
     writes = q.access is not Access.READ
     if writes and any(inside(q.path, absolute(p, directory, home)) for p in side.sandbox.read_only):
         words = "[sandbox] read_only keeps it as it is"
-        return Verdict(Effect.DENY, "<read-only>", words=words)
+        return Verdict(_DENY, "<read-only>", words=words)
     if found.rule != "<default>":
         return found
     default = side.defaults[Section.FILE]
     if default != "sandbox":
         return Verdict(Effect(default), "<default>")
     if not writes:
-        return Verdict(Effect.ALLOW, "<default>", words="reading is up to the user's rights")
+        return Verdict(_ALLOW, "<default>", words="reading is up to the user's rights")
     folders = (".",) if side.sandbox.writable is None else side.sandbox.writable
     if any(inside(q.path, absolute(folder, directory, home)) for folder in folders):
-        return Verdict(Effect.ALLOW, "<default>", words="it is in a writable folder")
+        return Verdict(_ALLOW, "<default>", words="it is in a writable folder")
     words = (
         "it is outside the folders that the run may write to "
         f"({', '.join(folders) or 'none'}); [sandbox] writable in the policy can add one"
     )
-    return Verdict(Effect.DENY, "<default>", words=words)
+    return Verdict(_DENY, "<default>", words=words)
 
 
 def absolute(folder: str, directory: str, home: str) -> str:

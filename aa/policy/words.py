@@ -26,6 +26,7 @@ NO_POLICY = (
     "aasm policy use observe, aasm policy use coding-agent, or aasm policy use locked-down"
 )
 
+_DENY = Effect.DENY
 _VERBS = {Effect.ALLOW: "allows", Effect.DENY: "denies", Effect.ASK: "asks a person about"}
 
 
@@ -58,7 +59,7 @@ def reason(verdict: Verdict, action: Action, files: Sequence[PolicyFile]) -> str
     target = shown(action.target)
     if isinstance(rule, Rule):
         because = f": {rule.reason}" if rule.reason else ""
-        if verdict.effect is Effect.DENY:
+        if verdict.effect is _DENY:
             return f"{rule.ref} denies {target}{because}; {_ask_why(action)} tells more"
         if verdict.inspects:
             return f"{rule.ref} inspects {target}: each request is decided by itself{because}"
