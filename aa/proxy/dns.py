@@ -414,12 +414,8 @@ class Forwarder:
                 return _addresses(query, chosen, HOSTS_TTL)
         found = await self._ask_host(query)
         answer = _answer(query.message, found.rcode())
-        answer.answer = [
-            r
-            for r in found.answer
-            if r.rdclass == dns.rdataclass.IN and r.rdtype not in HIDDEN_TYPES
-        ]
-        answer.authority = [r for r in found.authority if r.rdtype == dns.rdatatype.SOA]
+        answer.answer = [r for r in _internet(found.answer) if r.rdtype not in HIDDEN_TYPES]
+        answer.authority = [r for r in _internet(found.authority) if r.rdtype == dns.rdatatype.SOA]
         if version is not None:
             self._remember(run, query, answer.answer)
         return answer
@@ -555,6 +551,10 @@ def _socket_name(server: str, port: int) -> tuple[int, tuple[str | int, ...]]:
     if scope:
         index = int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
     return socket.AF_INET6, (address, port, 0, index)
+
+
+def _internet(records: Sequence[dns.rrset.RRset]) -> list[dns.rrset.RRset]:
+    return [r for r in records if r.rdclass == dns.rdataclass.IN]
 
 
 def _addresses(query: Query, addresses: Sequence[Address], ttl: int) -> dns.message.Message:

@@ -55,7 +55,7 @@ def fuzz(name: str, seconds: int) -> Outcome:
     except subprocess.TimeoutExpired as e:
         said = (e.stdout or b"").decode(errors="backslashreplace") if e.stdout else ""
         said, failed = f"{said}\nthe engine itself did not end in time", True
-    runs = re.findall(r"^#(\d+)\s", said, re.MULTILINE)
+    runs = re.findall(r"number_of_executed_units: (\d+)", said)
     covered = re.findall(r"\bcov: (\d+)", said)
     lines = said.splitlines()
     return Outcome(

@@ -13,6 +13,7 @@ import dns.edns
 import dns.flags
 import dns.message
 import dns.rcode
+import dns.rdataclass
 import pytest
 from dns.edns import EDECode
 from hypothesis import given
@@ -299,6 +300,9 @@ def test_no_answer_carries_the_keys_of_encrypted_hellos_whatever_was_asked(tmp_p
                 ("SVCB", "1 ."),
             ):
                 reply.answer.append(dns.rrset.from_text("a.org.", 60, "IN", kind, text))
+            soa = dns.rrset.from_text("org.", 60, "IN", "SOA", "a. b. 1 2 3 4 5")
+            soa.rdclass = dns.rdataclass.CH  # no class of ours
+            reply.authority.append(soa)
             return reply
 
         f._ask_host = resolver  # type: ignore[method-assign]
