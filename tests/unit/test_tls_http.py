@@ -83,6 +83,12 @@ def test_what_is_no_http_is_said_once(data: bytes) -> None:
     assert not [f for f in found if isinstance(f, Request)]
 
 
+def test_a_body_that_is_followed_by_empty_lines_is_followed_by_no_head() -> None:
+    found = one(Http1(), POST + b"\r\n\r\n" + GET)
+    assert paths(found) == ["/p", f"!{http.NO_HTTP}"]
+    assert paths(one(Http1(), b"POST / HTTP/1.1\nHost: h\n\n\r1\r\n\r\n"))[0] == "/"
+
+
 def test_many_heads_in_one_piece_have_a_bound() -> None:
     found = one(Http1(), b"GET / HTTP/1.1\r\n\r\n" * 1000)
     assert len(found) == http.MAX_HEADS + 1

@@ -151,7 +151,7 @@ def _may_be_head(head: bytes | bytearray) -> bool:
 
 def _parse(head: bytes, at: int) -> tuple[Request | None, int | None]:
     """A request and the length of its body; None for a length that the head does not say."""
-    first, *lines = head.splitlines()
+    first, *lines = head.splitlines() or [b""]
     found = _REQUEST_LINE.fullmatch(first)
     if found is None:
         return None, None
