@@ -124,7 +124,7 @@ def _loads(head: Table, rule: Table, dumps: Dumps) -> bool:
 
 
 def _frequent(left: Left) -> tuple[Json, ...]:
-    return -left.count, left.kind, left.target
+    return -left.count, left.kind, left.target, left.why
 
 
 def _refusal(q: Question) -> str:
