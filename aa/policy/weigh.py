@@ -132,7 +132,7 @@ def weigh_connection(
     """
     ask = allow = maybe_ask = maybe_allow = range_ask = inspect = None
     asks: tuple[Rule, ...] = ()
-    inspects = stated = False
+    inspects = stated = asked = False
     guarded = q.place is not None and bool(q.place.guard)
     for rule, match in pairs:
         if not rule.bit & files:
@@ -145,6 +145,7 @@ def weigh_connection(
             return Verdict(_DENY, rule, q.place)
         if guarded and q.place is not None and q.place.named_by(matcher.ranges):
             guarded = False
+        asked = asked or rule.effect is _ASK
         if matcher.inspects:
             inspects, stated = True, stated or matcher.inspect
         elif rule.effect is _ASK:
@@ -164,10 +165,10 @@ def weigh_connection(
         else:
             maybe_allow = maybe_allow or rule
     chosen = inspect or ask or allow or maybe_ask or maybe_allow
-    effect = chosen.effect if chosen is not None else Effect(default)
+    effect = chosen.effect if chosen is not None else _ALLOW if q.own else Effect(default)
     if inspect is not None:
         effect = _ALLOW
-    if q.own and not (chosen is not None and effect is _ASK):
+    if q.own and not asked:
         return Verdict(_ALLOW, "<own-listener>", q.place)
     if effect is _DENY:
         return Verdict(effect, "<default>", q.place)
