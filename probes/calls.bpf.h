@@ -8,6 +8,7 @@
 
 #include <asm/unistd.h>
 #include <linux/fcntl.h>
+#include <linux/mman.h>
 #include "kernel.h"
 #include "events.h"
 
@@ -19,6 +20,7 @@ struct aa_named {
 	__u32 flags;
 	__u32 call;  /* enum aa_call; 0: a call that names no file to us */
 	__u32 opens; /* returns a descriptor */
+	__u32 maps;  /* maps the file behind `dir` to execute */
 };
 
 #if defined(__TARGET_ARCH_x86)
@@ -71,6 +73,11 @@ static __always_inline int aa_compat(void)
 static __always_inline void aa_call_of(const struct pt_regs___call *regs, struct aa_named *named)
 {
 	switch (AA_CALL_NUMBER(regs)) {
+	case __NR_mmap:
+		named->maps = (AA_CALL_ARG2(regs) & PROT_EXEC) &&
+			      !(AA_CALL_ARG3(regs) & MAP_ANONYMOUS);
+		named->dir = AA_CALL_ARG4(regs);
+		break;
 #ifdef __NR_open
 	case __NR_open:
 		AA_NAMED(AA_CALL_OPEN, 1, AT_FDCWD, AA_CALL_ARG0(regs), AA_CALL_ARG1(regs));

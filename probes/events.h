@@ -30,6 +30,10 @@
 #define AA_FILE_RATE 2000
 #define AA_MAX_RUNS 512
 
+/* A file that was mapped to execute is told of at most once in this time. */
+#define AA_MAPPED_QUIET_NS 60000000000ULL
+#define AA_MAX_MAPPED 8192
+
 /* A tally tells of itself at most once in this time. */
 #define AA_TALLY_QUIET_NS 1000000000ULL
 
@@ -39,6 +43,7 @@ enum aa_kind {
 	AA_CONNECT = 3,
 	AA_REFUSED = 4,
 	AA_FILE = 5,
+	AA_MAPPED = 6, /* for the search for TLS libraries; no record of the audit */
 	AA_KINDS = 8, /* size of the table of counts */
 };
 
@@ -151,6 +156,13 @@ struct aa_file {
 	__u8 call; /* enum aa_call */
 	__u8 pad[3];
 	char data[AA_FILE_DATA_MAX];
+};
+
+struct aa_mapped {
+	struct aa_head head;
+	__u64 inode;
+	__u32 device;
+	__u32 pad;
 };
 
 /* What is counted together. Also the key of a refusal. */

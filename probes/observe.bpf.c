@@ -270,6 +270,53 @@ static __always_inline int aa_is_null_device(struct file *file)
 	       BPF_CORE_READ(inode, i_rdev) == DEVICE_NULL;
 }
 
+/* Files that were told as mapped, and when. */
+struct aa_mapped_key {
+	__u64 inode;
+	__u32 device;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, AA_MAX_MAPPED);
+	__type(key, struct aa_mapped_key);
+	__type(value, __u64);
+} aa_mapped_files SEC(".maps");
+
+/* A program has mapped code: a library, perhaps one that needs probes. */
+static __always_inline void aa_tell_mapped(const struct aa_config *config, struct file *file)
+{
+	struct aa_count *count = aa_counted(AA_MAPPED);
+	__u64 now = bpf_ktime_get_boot_ns(), *told;
+	struct aa_mapped_key key = {};
+	struct aa_mapped *record;
+
+	if (!file || !count)
+		return;
+	key.inode = BPF_CORE_READ(file, f_inode, i_ino);
+	key.device = BPF_CORE_READ(file, f_inode, i_sb, s_dev);
+	told = bpf_map_lookup_elem(&aa_mapped_files, &key);
+	if (told && now - *told < AA_MAPPED_QUIET_NS)
+		return;
+	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_FILES)
+		goto lost;
+	record = bpf_ringbuf_reserve(&aa_events, sizeof(*record), 0);
+	if (!record)
+		goto lost;
+	bpf_map_update_elem(&aa_mapped_files, &key, &now, BPF_ANY);
+	aa_begin(&record->head, AA_MAPPED, sizeof(*record), aa_current_run(config));
+	aa_who(&record->head, config);
+	record->inode = key.inode;
+	record->device = key.device;
+	record->pad = 0;
+	aa_add(&count->events);
+	bpf_ringbuf_submit(record, 0);
+	return;
+lost:
+	aa_add(&count->lost);
+}
+
 /*
  * A system call has returned. Nothing else tells of files on every kernel that we run on,
  * and here the result is known, the opened file among it. A name that was no open() may
@@ -290,10 +337,17 @@ int BPF_PROG(aa_on_file, struct pt_regs *regs, long result)
 	__u32 len;
 
 	aa_call_of((void *)regs, &named);
-	if (!named.call)
+	if (!named.call && !named.maps)
 		return 0;
 	config = aa_observes();
-	if (!config || result <= NEVER_RETURNED || aa_compat())
+	if (!config || aa_compat())
+		return 0;
+	if (named.maps) {
+		if (result > 0) /* an address */
+			aa_tell_mapped(config, aa_open_file(named.dir));
+		return 0;
+	}
+	if (result <= NEVER_RETURNED)
 		return 0;
 	if (named.call == AA_CALL_OPENAT2) {
 		const struct pt_regs___call *call = (void *)regs;

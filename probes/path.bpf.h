@@ -7,6 +7,7 @@
 #define AA_PATH_BPF_H
 
 #include "shared.bpf.h"
+#include "open.bpf.h"
 
 /*
  * A walk lies in a map and not on the stack, where the verifier would follow its numbers
@@ -122,22 +123,6 @@ __noinline __u32 aa_components(__u64 address, __u32 start, __u32 cut, __u32 whic
 	if (!draft->walk.complete)
 		draft->head.flags |= cut;
 	return draft->walk.len;
-}
-
-/* The open file behind a descriptor of the current task, or NULL. */
-static __always_inline struct file *aa_open_file(int fd)
-{
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct file **slots, *file = NULL;
-	struct fdtable *table;
-
-	table = BPF_CORE_READ(task, files, fdt);
-	if (fd < 0 || (__u32)fd >= BPF_CORE_READ(table, max_fds))
-		return NULL;
-	slots = BPF_CORE_READ(table, fd);
-	if (bpf_probe_read_kernel(&file, sizeof(file), slots + fd))
-		return NULL;
-	return file;
 }
 
 #endif

@@ -10,6 +10,7 @@
  */
 #include <linux/ptrace.h>
 #include "shared.bpf.h"
+#include "open.bpf.h"
 #include "tls_events.h"
 
 #define MODE_FORMAT 0170000
@@ -140,20 +141,12 @@ struct aa_tls_end {
  */
 static __always_inline void aa_tls_peer(struct aa_tls_end *end, int fd)
 {
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct file **slots, *file = NULL;
-	struct fdtable *table;
+	struct file *file = aa_open_file(fd);
 	struct socket *socket;
 	struct sock *sk;
 	__u16 family;
 
-	table = BPF_CORE_READ(task, files, fdt);
-	if (fd < 0 || (__u32)fd >= BPF_CORE_READ(table, max_fds))
-		return;
-	slots = BPF_CORE_READ(table, fd);
-	if (bpf_probe_read_kernel(&file, sizeof(file), slots + fd) || !file)
-		return;
-	if ((BPF_CORE_READ(file, f_inode, i_mode) & MODE_FORMAT) != MODE_SOCKET)
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & MODE_FORMAT) != MODE_SOCKET)
 		return;
 	socket = BPF_CORE_READ(file, private_data);
 	sk = BPF_CORE_READ(socket, sk);

@@ -23,8 +23,15 @@ PATH_MAX = 1024
 
 FILE_RATE = 2000
 
-EXEC, EXIT, CONNECT, REFUSED, FILE = 1, 2, 3, 4, 5
-KIND_NAMES = {EXEC: "exec", EXIT: "exit", CONNECT: "connect", REFUSED: "refused", FILE: "file"}
+EXEC, EXIT, CONNECT, REFUSED, FILE, MAPPED = 1, 2, 3, 4, 5, 6
+KIND_NAMES = {
+    EXEC: "exec",
+    EXIT: "exit",
+    CONNECT: "connect",
+    REFUSED: "refused",
+    FILE: "file",
+    MAPPED: "mapped",
+}
 
 VIA_CONNECT, VIA_DATAGRAM, VIA_FOREIGN, VIA_FILES = 0, 1, 2, 3
 
@@ -68,12 +75,14 @@ HEAD = struct.Struct("=HBBIQQIIII16s")
 EXEC_FIXED = struct.Struct("=QIIHHHH")
 EXIT_REST = struct.Struct("=QII")
 FILE_FIXED = struct.Struct("=QIIiHHHHB3s")
+MAPPED_REST = struct.Struct("=QII")
 KEY = struct.Struct("=Q16sHHBBBB")
 TOTAL = struct.Struct("=Q")
 
 EXEC_SIZE = HEAD.size + EXEC_FIXED.size
 FILE_SIZE = HEAD.size + FILE_FIXED.size
 EXIT_SIZE = HEAD.size + EXIT_REST.size
+MAPPED_SIZE = HEAD.size + MAPPED_REST.size
 NET_SIZE = HEAD.size + KEY.size + TOTAL.size
 
 
@@ -228,7 +237,18 @@ class Files:
     total: int
 
 
-Event = Exec | Exit | File | Files | Net
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A file that was mapped to execute, which others may have done before. Not for the audit."""
+
+    head: Head
+    inode: int
+    device: tuple[int, int]
+
+
+Recorded = Exec | Exit | File | Files | Net
+"""What belongs in the audit log."""
+Event = Recorded | Mapped
 
 PROTOCOLS = {
     1: "icmp",
@@ -273,6 +293,8 @@ def decode(record: bytes) -> Event:
             return _net(head, record, refused=kind == REFUSED)
         case 5:
             return _file(head, record)
+        case 6:
+            return _mapped(head, record)
     raise MalformedRecord(f"kind {kind}")
 
 
@@ -284,6 +306,8 @@ def kind_of(event: Event) -> int:
             return EXIT
         case File() | Files():
             return FILE
+        case Mapped():
+            return MAPPED
         case Net(refused=True):
             return REFUSED
     return CONNECT
@@ -381,6 +405,13 @@ def _file(head: Head, record: bytes) -> File:
         inode=inode,
         device=(device >> 20, device & 0xFFFFF),
     )
+
+
+def _mapped(head: Head, record: bytes) -> Mapped:
+    if len(record) != MAPPED_SIZE:
+        raise MalformedRecord(f"a mapped file of {len(record)} bytes")
+    inode, device, _ = MAPPED_REST.unpack_from(record, HEAD.size)
+    return Mapped(head, inode, (device >> 20, device & 0xFFFFF))
 
 
 def _named(text: bytes, text_cut: int, directory: bytes, directory_cut: int) -> str:

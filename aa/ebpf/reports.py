@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from aa.ebpf import events
-from aa.ebpf.events import MISSING, Event, Exec, Exit, File, Files, Net
+from aa.ebpf.events import MISSING, Exec, Exit, File, Files, Net, Recorded
 from aa.ebpf.merge import Merged
 from aa.model import Effect, Json, Kind, Layer, RecordType, Report
 
@@ -30,7 +30,7 @@ _OPEN_FLAGS = {
 _RENAME_FLAGS = {"NOREPLACE": 1, "EXCHANGE": 2, "WHITEOUT": 4}
 
 
-def equal_key(event: Event, program: str) -> Hashable:
+def equal_key(event: Recorded, program: str) -> Hashable:
     """Events with the same key differ in time and process only."""
     head = event.head
     match event:
@@ -48,7 +48,7 @@ def equal_key(event: Event, program: str) -> Hashable:
     return (events.CONNECT, event.raw_key, head.comm, head.uid)
 
 
-def to_report(merged: Merged[Event], *, run: str, program: str, boot: int) -> Report:
+def to_report(merged: Merged[Recorded], *, run: str, program: str, boot: int) -> Report:
     """The report of an event and its equals.
 
     `program` is the path of the process's program where it is known, `boot` the time of
@@ -107,7 +107,7 @@ def to_report(merged: Merged[Event], *, run: str, program: str, boot: int) -> Re
     )
 
 
-def _process(event: Event, program: str) -> dict[str, Json]:
+def _process(event: Recorded, program: str) -> dict[str, Json]:
     head = event.head
     if not head.pid and not head.comm:
         return {}

@@ -16,7 +16,7 @@ from aa.config import Config
 from aa.daemon import CannotStart, Daemon
 from aa.ebpf import events, libbpf, tables
 from aa.ebpf.canary import Canary, Proof
-from aa.ebpf.events import Event, Exec, Exit, File, Files, MalformedRecord, Net
+from aa.ebpf.events import Event, Exec, Exit, File, Files, MalformedRecord, Mapped, Net, Recorded
 from aa.ebpf.ledger import Ledger
 from aa.ebpf.loader import PIN_DIR, AlreadyRunning, Loader, NoPinDirectory, Place, Slices
 from aa.ebpf.merge import Detail, Hold, Merged, Merger, RecentRuns
@@ -85,11 +85,11 @@ class KernelLayer:
         self._proof: Proof | None = None
         self._proved = asyncio.Event()
         self._prove_now = asyncio.Event()
-        self._merger: Merger[Event] = Merger()
+        self._merger: Merger[Recorded] = Merger()
         self._detail = Detail()
         self._waiting = asyncio.Event()
         """Set while an event waits to be merged or named."""
-        self._hold: Hold[tuple[Event, int]] = Hold()
+        self._hold: Hold[tuple[Recorded, int]] = Hold()
         self._recent: RecentRuns[Run] = RecentRuns()
         self._programs: OrderedDict[int, str] = OrderedDict()
         self._missed = 0
@@ -197,7 +197,7 @@ class KernelLayer:
         self._account(self._ledger.read, event, count)
         self._remember(event)
         self.tls.noticed(event)
-        if self.canary.saw(event.head.cgroup, event):
+        if isinstance(event, Mapped) or self.canary.saw(event.head.cgroup, event):
             self._account(self._ledger.dismiss, event, count)
         elif count:
             self._name(event, count, now)
@@ -209,10 +209,10 @@ class KernelLayer:
             if len(self._programs) > MAX_PROGRAMS_KNOWN:
                 self._programs.popitem(last=False)
 
-    def _program(self, event: Event) -> str:
+    def _program(self, event: Recorded) -> str:
         return self._programs.get(event.head.pid, "")
 
-    def _name(self, event: Event, count: int, now: float) -> None:
+    def _name(self, event: Recorded, count: int, now: float) -> None:
         """Merges an event whose run is known; the others wait for the run table."""
         self._waiting.set()
         cgroup_id = event.head.cgroup
@@ -232,7 +232,7 @@ class KernelLayer:
     def _run_of(self, cgroup_id: int) -> Run | None:
         return self.runs.by_cgroup(cgroup_id) or self._recent.get(cgroup_id)
 
-    def _merge(self, event: Event, count: int, now: float) -> None:
+    def _merge(self, event: Recorded, count: int, now: float) -> None:
         run = self._run_of(event.head.cgroup)
         refused = isinstance(event, Net) and event.refused
         if run is not None and Layer.KERNEL not in run.layers and not refused:
@@ -256,7 +256,7 @@ class KernelLayer:
             return event
         return event.of_run()
 
-    def _report(self, merged: Merged[Event]) -> None:
+    def _report(self, merged: Merged[Recorded]) -> None:
         event = merged.first
         run = self._run_of(event.head.cgroup)
         self.reporter.report(

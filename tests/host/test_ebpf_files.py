@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from aa.ebpf import events
-from aa.ebpf.events import Exec, File, Files, Net
+from aa.ebpf.events import Exec, File, Files, Mapped, Net
 from aa.ebpf.loader import Loader, Place
 from tests.host.ebpf_world import Recorder, World, ids, sh
 
@@ -267,6 +268,24 @@ def test_sees_a_file_through_each_call(
     assert {e.error for e in files} == {0}
     assert {e.access for e in files if e.call in ("open", "creat", "openat2", "link")} == {"create"}
     assert {e.access for e in files if e.call == "truncate"} == {"write"}
+
+
+def test_tells_once_of_a_library_that_is_mapped(
+    world: World, run: Path, folder: Path, recorder: Recorder
+) -> None:
+    library = folder / "own.so"
+    shutil.copy(next(Path("/usr/lib").glob("*/libbz2.so.1.0")), library)
+    inode = library.stat().st_ino
+    code = "import ctypes; ctypes.CDLL(sys.argv[1])"
+    world.python(world.outside, code, str(library))
+    for _ in range(3):
+        world.python(run, code, str(library))
+    world.do(run, "/bin/echo", "end")
+    assert recorder.find(Exec, lambda e: "end" in e.argv)
+    assert recorder.count(Mapped, lambda e: e.inode == inode) == 1
+    seen = recorder.find(Mapped, lambda e: e.inode == inode)
+    assert seen is not None and seen.head.cgroup == ids(run) and seen.head.pid > 0
+    assert recorder.count(File) == 0
 
 
 def test_hostile_names_are_no_obstacle(

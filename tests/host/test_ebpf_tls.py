@@ -12,7 +12,7 @@ import pytest
 
 from aa.model import Kind, Layer, RecordType, Report
 from tests.host.ebpf_gateway import Gateway
-from tests.host.ebpf_world import OBJECTS, SERVER4, World, eventually, ids, sh
+from tests.host.ebpf_world import OBJECTS, PRELUDE, SERVER4, World, eventually, ids, sh
 from tests.host.test_ebpf_service import READY_SECONDS, Running
 
 PORT = 4443
@@ -214,6 +214,94 @@ def test_finds_a_library_that_lies_anywhere_under_any_name(
     about = one(lambda: requests(gateway, path="/copied")).attributes
     assert about["library"] == str(own)
     assert about["peer_exact"] is True
+
+
+OWN_OPENSSL = """
+import ctypes
+def request(path, *, host="10.78.0.2", port=4443):
+    for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
+        getattr(L, name).restype = ctypes.c_void_p
+    s = tcp(host, port, 10)
+    s.setblocking(True)
+    context = ctypes.c_void_p(L.SSL_CTX_new(ctypes.c_void_p(L.TLS_client_method())))
+    ssl = ctypes.c_void_p(L.SSL_new(context))
+    L.SSL_set_fd(ssl, s.fileno())
+    assert L.SSL_connect(ssl) == 1
+    head = b"GET " + path + b" HTTP/1.1\\r\\nHost: site.test\\r\\n\\r\\n"
+    assert L.SSL_write(ssl, head, len(head)) == len(head)
+    L.SSL_free(ssl)
+"""
+
+
+def own_openssl(directory: Path) -> Path:
+    """A copy of OpenSSL that nobody has mapped yet."""
+    own = directory / "libssl-own.so"
+    shutil.copy(next(Path("/usr/lib").glob("*/libssl.so.3")), own)
+    return own
+
+
+def test_a_library_gets_its_probes_when_it_is_mapped(
+    world: World, gateway: Gateway, run: Path, tmp_path: Path
+) -> None:
+    """Long after the start, and not for a connection: an event of the mapping leads to it."""
+    own = own_openssl(tmp_path)
+
+    def has_probes() -> bool:
+        return str(own) in gateway.statuses[-1][1]["tls"]["libraries"]
+
+    code = f"""
+{OWN_OPENSSL}
+time.sleep(3)  # the looks after the start are over
+print("mapping"); sys.stdout.flush()
+L = ctypes.CDLL({str(own)!r})
+sys.stdin.readline()
+request(b"/mapped")
+sys.stdin.readline()
+"""
+    with world.background(run, code, netns=world.client) as client:
+        assert client.stdin is not None
+        assert eventually(has_probes, seconds=5.0), "before the next look at all processes"
+        client.stdin.write("go\n")
+        client.stdin.flush()
+        about = one(lambda: requests(gateway, path="/mapped")).attributes
+    assert about["library"] == str(own) and about["peer_exact"] is True
+    assert not unmeasured(gateway, "before-attach")
+
+
+def test_finds_a_library_in_a_root_of_its_own(
+    world: World, gateway: Gateway, run: Path, tmp_path: Path
+) -> None:
+    """As in a container: the path leads nowhere outside of the mount namespace."""
+    place = tmp_path / "only-here"
+    place.mkdir()
+    script = f"""
+mount -t tmpfs tmpfs {place} && cp /usr/lib/*/libssl.so.3 {place}/libssl.so.3 || exit 1
+exec "$@"
+"""
+    code = f"""
+{OWN_OPENSSL}
+L = ctypes.CDLL({str(place / "libssl.so.3")!r})
+time.sleep(2)
+request(b"/contained")
+"""
+    world.do(run, "unshare", "--mount", "sh", "-c", script, "sh",
+             "/usr/bin/python3", "-I", "-S", "-c", PRELUDE + code)  # fmt: skip
+    about = one(lambda: requests(gateway, path="/contained")).attributes
+    assert about["library"] == str(place / "libssl.so.3")
+    assert not list(place.iterdir())
+
+
+def test_sees_requests_of_a_python_in_a_virtual_environment(
+    world: World, gateway: Gateway, run: Path, tmp_path: Path
+) -> None:
+    """With its library beside it, as wheels bring it."""
+    sh("/usr/bin/python3", "-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    beside = tmp_path / "venv" / "lib"
+    own = own_openssl(beside)
+    code = f"import http.client, ssl; c = http.client.HTTPSConnection('{SERVER4}', {PORT}, context=ssl._create_unverified_context()); import time; time.sleep(2); c.request('GET', '/venv'); c.getresponse().read()"
+    world.do(run, "env", f"LD_PRELOAD={own}", str(tmp_path / "venv/bin/python3"), "-c", code)
+    about = one(lambda: requests(gateway, path="/venv")).attributes
+    assert about["library"] == str(own)
 
 
 def test_tells_two_processes_with_one_library_apart(

@@ -59,6 +59,11 @@ def file_record(
     return head(events.FILE, size, flags=flags, cgroup=cgroup, comm=comm) + fixed + b"".join(parts)
 
 
+def mapped_record(inode: int = 5, *, cgroup: int = 77) -> bytes:
+    rest = events.MAPPED_REST.pack(inode, 254 << 20 | 3, 0)
+    return head(events.MAPPED, events.MAPPED_SIZE, cgroup=cgroup) + rest
+
+
 def key(
     *,
     cgroup: int = 77,

@@ -220,6 +220,14 @@ def test_what_is_only_counted_becomes_a_report_with_the_number() -> None:
     assert "only counted" in told.reason
 
 
+def test_a_mapped_file_is_an_event_of_its_own() -> None:
+    event = decode(make.mapped_record(9))
+    assert isinstance(event, events.Mapped)
+    assert (event.inode, event.device, event.head.cgroup) == (9, (254, 3), 77)
+    with pytest.raises(events.MalformedRecord):
+        decode(make.mapped_record()[:-1])
+
+
 def test_equal_files_differ_in_time_and_process_only() -> None:
     keys = [
         equal_key(decode(make.file_record("unlink", text=text, comm=comm, result=result)), "")

@@ -25,7 +25,7 @@ int main(void)
 {
 	SIZE(aa_head); SIZE(aa_exit); SIZE(aa_tally_key); SIZE(aa_tally); SIZE(aa_net);
 	SIZE(aa_end); SIZE(aa_config); SIZE(aa_count);
-	AT(aa_file, data); AT(aa_file, result); AT(aa_file, text_len); AT(aa_file, call);
+	SIZE(aa_mapped); AT(aa_file, data); AT(aa_file, result); AT(aa_file, text_len); AT(aa_file, call);
 	AT(aa_exec, data); AT(aa_exec, filename_len); AT(aa_head, comm); AT(aa_net, key);
 	SIZE(aa_tls_key); SIZE(aa_tls_session); SIZE(aa_tls_data); SIZE(aa_tls_count);
 	AT(aa_tls_data, born); AT(aa_tls_data, captured); AT(aa_tls_data, peer_addr);
@@ -65,6 +65,7 @@ def test_sizes_and_offsets(c: dict[str, int]) -> None:
         "aa_tls_data.captured": events.HEAD.size + records.KEY.size + struct.calcsize("=QQQI"),
         "aa_tls_data.peer_addr": records.FIXED_SIZE - 16,
         "aa_tls_session.in": struct.calcsize("=QQ"),
+        "sizeof aa_mapped": events.MAPPED_SIZE,
         "aa_file.data": events.FILE_SIZE,
         "aa_file.result": events.HEAD.size + struct.calcsize("=QII"),
         "aa_file.text_len": events.HEAD.size + struct.calcsize("=QIIi"),
@@ -98,6 +99,7 @@ def test_constants() -> None:
         "CONNECT",
         "REFUSED",
         "FILE",
+        "MAPPED",
         "VIA_CONNECT",
         "VIA_DATAGRAM",
         "VIA_FOREIGN",

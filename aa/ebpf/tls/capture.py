@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from aa.ebpf.events import Event, Exit, MalformedRecord
+from aa.ebpf.events import Event, Exit, MalformedRecord, Mapped
 from aa.ebpf.libbpf import BpfError
 from aa.ebpf.reader import RingReader
 from aa.ebpf.reports import UNKNOWN_RUN
 from aa.ebpf.tls import mapped, records
 from aa.ebpf.tls.elf import NotReadable
-from aa.ebpf.tls.mapped import FileId, Mapped
+from aa.ebpf.tls.mapped import FileId, MappedFile
 from aa.ebpf.tls.probes import Probes, TooManyLibraries
 from aa.ebpf.tls.processes import Processes
 from aa.ebpf.tls.records import Count
@@ -42,6 +42,8 @@ KNOWN_LIBRARIES = (
 """Files that get their probes before a run starts."""
 
 TICK_SECONDS = 0.1
+GATHER_SECONDS = 0.01
+"""After a library was mapped: a program maps several in a row."""
 ACCOUNT_SECONDS = 1.0
 RESCAN_SECONDS = 10.0
 """Between two looks at all processes of all runs."""
@@ -114,6 +116,7 @@ class Capture:
         self._needed = 0.0  # when a run was there last
         self._opened = asyncio.Event()
         self._failed = asyncio.Event()
+        self._look_now = asyncio.Event()
         self._processes = Processes()
         self._sessions = Sessions(self._totals)
         self._files: OrderedDict[FileId, tuple[bool, float]] = OrderedDict()
@@ -215,6 +218,8 @@ class Capture:
         try:
             now = time.monotonic()
             self._processes.noticed(event, now)
+            if isinstance(event, Mapped):
+                self._look_now.set()
             if isinstance(event, Exit) and event.head.pid:
                 self._gone.append((now + GONE_SECONDS, event.head.pid))
         except Exception as e:  # see run
@@ -374,7 +379,11 @@ class Capture:
     async def _look_often(self) -> None:
         rescan = 0.0
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._look_now.wait()
+                    await asyncio.sleep(GATHER_SECONDS)
+            self._look_now.clear()
             now = time.monotonic()
             runs = [run for run in self._runs() if Layer.KERNEL in run.layers and run.cgroup]
             if runs:
@@ -441,7 +450,7 @@ class Capture:
         # No generator: each file is to be examined, also behind one that was found.
         return any([self._has_probes(pid, file) for file in files])
 
-    def _has_probes(self, pid: int, file: Mapped) -> bool:
+    def _has_probes(self, pid: int, file: MappedFile) -> bool:
         now = time.monotonic()
         known = self._files.get(file.id)
         if known is not None and known[1] > now:
@@ -461,7 +470,7 @@ class Capture:
             self._files.popitem(last=False)
         return found
 
-    def _examine(self, pid: int, file: Mapped) -> bool:
+    def _examine(self, pid: int, file: MappedFile) -> bool:
         """Whether probes sit in a file now. Raises `OSError`."""
         if self._probes is None:
             return False

@@ -30,7 +30,7 @@ FileId = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedFile:
     id: FileId
     path: bytes  # as the process sees it
 
@@ -39,7 +39,7 @@ class Mapped:
         return self.path.decode("utf-8", "backslashreplace")
 
 
-def parse(maps: bytes) -> Iterator[Mapped]:
+def parse(maps: bytes) -> Iterator[MappedFile]:
     """The files that are mapped to execute, each once, at most `MAX_FILES`."""
     seen: set[FileId] = set()
     for line in maps.splitlines():
@@ -50,18 +50,18 @@ def parse(maps: bytes) -> Iterator[Mapped]:
         if id in seen:
             continue
         seen.add(id)
-        yield Mapped(id, _ESCAPE.sub(b"\n", found[3]))
+        yield MappedFile(id, _ESCAPE.sub(b"\n", found[3]))
         if len(seen) >= MAX_FILES:
             return
 
 
-def files_of(pid: int, proc: Path = PROC) -> list[Mapped]:
+def files_of(pid: int, proc: Path = PROC) -> list[MappedFile]:
     """Raises `OSError` when the process is gone. An empty list: it has no memory any more."""
     with open(proc / str(pid) / "maps", "rb") as maps:
         return list(parse(maps.read(MAX_MAPS_BYTES)))
 
 
-def open_file(pid: int, mapped: Mapped, proc: Path = PROC) -> int:
+def open_file(pid: int, mapped: MappedFile, proc: Path = PROC) -> int:
     """A descriptor of a mapped file, found the way the process finds it.
 
     What lies there now may be another file than the one that is mapped: then the

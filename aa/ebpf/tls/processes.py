@@ -9,7 +9,7 @@ import socket
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from aa.ebpf.events import VIA_DATAGRAM, Event, Exec, Exit, Net
+from aa.ebpf.events import VIA_DATAGRAM, Event, Exec, Exit, Mapped, Net
 from aa.ebpf.tls.records import end
 
 MAX_PROCESSES = 4096
@@ -22,6 +22,9 @@ LOOK_PAUSE = 0.2
 LOOK_AFTER_CONNECT = 1.0
 JUDGE_SECONDS = 2.5
 """After a connection to port 443 a TLS library must have shown itself."""
+MAX_LOOKS = 8
+"""Looks at one process that are waited for."""
+NEVER = -1e9
 HTTPS = 443
 DNS = 53
 
@@ -37,7 +40,7 @@ class Process:
     comm: str = ""
     looks: list[float] = field(default_factory=list)
     """When to look at what it has mapped."""
-    looked: float = -1e9
+    looked: float = NEVER
     library: bool | None = None
     """Whether a TLS library with probes is mapped; None before the first look."""
     connects: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=MAX_CONNECTS))
@@ -45,6 +48,10 @@ class Process:
     """Connections to port 443 that no library explains yet."""
     judge_at: float = 0.0
     gone: bool = False
+
+    def look_at(self, *moments: float) -> None:
+        if len(self.looks) < MAX_LOOKS:
+            self.looks += moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,16 @@ class Processes:
                 if process is not None:
                     process.gone = True
                     process.judge_at = min(process.judge_at, now)
+            case Mapped():
+                process = self.know(pid, run, event.head.comm)
+                process.look_at(now)
+                process.looked = NEVER  # it is new to all: no pause before it
             case Net(refused=False, key=key) if (
                 key.protocol == socket.IPPROTO_TCP and key.via != VIA_DATAGRAM
             ):
                 process = self.know(pid, run, event.head.comm)
                 process.connects.append((event.head.time, end(key.address, key.port)))
-                process.looks += [now, now + LOOK_AFTER_CONNECT]
+                process.look_at(now, now + LOOK_AFTER_CONNECT)
                 if key.port == HTTPS:
                     process.suspects += 1
                     process.judge_at = now + JUDGE_SECONDS
@@ -97,7 +108,7 @@ class Processes:
         return process
 
     def look_soon(self, pid: int, run: int, now: float) -> None:
-        self.know(pid, run).looks.append(now)
+        self.know(pid, run).look_at(now)
 
     def used(self, pid: int) -> None:
         """A TLS library of the process was seen at work."""
@@ -112,7 +123,7 @@ class Processes:
             if process.gone or not process.looks or now - process.looked < LOOK_PAUSE:
                 continue
             if min(process.looks) <= now:
-                process.looks = [at for at in process.looks if at > now][:8]
+                process.looks = [at for at in process.looks if at > now]
                 process.looked = now
                 found.append(process)
                 if len(found) >= limit:
