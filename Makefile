@@ -85,7 +85,14 @@ $(FUZZ)/bin/pip: packaging/requirements-fuzz.txt | deps
 fuzz: $(FUZZ)/bin/pip
 	$(FUZZ)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
-bench: deb
+# The policy engines that ours is measured beside.
+BENCH := build/bench
+$(BENCH)/bin/pip: packaging/requirements-bench.txt | deps
+	$(PYTHON) -m venv --system-site-packages $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --requirement packaging/requirements-bench.txt
+	@touch $@
+
+bench: deb $(BENCH)/bin/pip
 	$(PYTHON) -m benchmarks
 
 clean:

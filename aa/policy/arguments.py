@@ -59,9 +59,11 @@ def lookup(arguments: Json, path: Sequence[str]) -> Json:
     """The value at a path, or MISSING. None is nothing, so it is missing too."""
     value = arguments
     for name in path:
-        if not isinstance(value, Mapping) or name not in value:
+        if type(value) is not dict and not isinstance(value, Mapping):  # the first is quicker
             return MISSING
-        value = value[name]
+        value = value.get(name, MISSING)
+        if value is MISSING:
+            return MISSING
     return MISSING if value is None else value
 
 
@@ -96,11 +98,13 @@ def contradiction(predicates: Sequence[Predicate]) -> str:
 
 def _class(value: Json) -> str:
     """Values are only compared within one class: true is not 1, and "1" is not either."""
+    if isinstance(value, str):
+        return "text"
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, (int, float)):
         return "number" if not (isinstance(value, float) and math.isnan(value)) else ""
-    return "text" if isinstance(value, str) else ""
+    return ""
 
 
 def _scalar(operator: str, operand: Json) -> Scalar:

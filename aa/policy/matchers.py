@@ -22,6 +22,8 @@ Json = Any
 
 Answer = tuple[bool, str]
 
+_ALLOW = Effect.ALLOW
+
 
 class Access(enum.StrEnum):
     """What is done to a file."""
@@ -84,8 +86,11 @@ def _predicates(
     predicates: Sequence[Predicate], arguments: Json, effect: Effect
 ) -> Predicate | None:
     """The first predicate that does not hold. What is missing counts against the agent."""
-    against = effect is not Effect.ALLOW
-    return next((p for p in predicates if not p.holds(arguments, against=against)), None)
+    against = effect is not _ALLOW
+    for p in predicates:
+        if not p.holds(arguments, against=against):
+            return p
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from aa.model import Action, Kind, Run
-from aa.policy import Policy, loads
+from aa.policy import Policy, check, loads
 
 RUN = Run("r", "agent", "dev", 1000, home="/home/dev", directory="/home/dev/work")
 
@@ -134,6 +136,170 @@ def test_a_default_that_a_silent_file_overrules_is_told() -> None:
     assert [f.fix for f in told] == ["state it there too"]
     stated = policy(id_="silent", head='default = { tool = "deny" }')
     assert loads({"a": open_, "b": stated}).check() == []
+
+
+EVERY_SECTION = [
+    ('tool = { names = ["a*"] }', 'tool = { names = ["ab", "a*"] }', 'tool = { names = ["b"] }'),
+    (
+        'tool = { names = ["*"] }',
+        'tool = { names = ["a"], args = { n = { gt = 1 } } }',
+        'mcp = { tool = "a" }',
+    ),
+    ('dns = { names = ["**.a.b"] }', 'dns = { names = ["*.a.b"] }', 'dns = { names = ["a.b"] }'),
+    (
+        'exec = { paths = ["/opt/**"] }',
+        'exec = { paths = ["/opt/a", "/opt/b/*"] }',
+        'exec = { paths = ["/opt/a", "/usr/b"] }',
+    ),
+    (
+        'file = { paths = ["~/x/**"], access = ["write", "delete"] }',
+        'file = { paths = ["~/x/y"], access = ["write"] }',
+        'file = { paths = ["~/x/y"], access = ["read", "write"] }',
+    ),
+    (
+        'inbound = { cidrs = ["10.0.0.0/8"] }',
+        'inbound = { cidrs = ["10.1.0.0/16"], ports = [80] }',
+        'inbound = { cidrs = ["11.0.0.0/8"], ports = [80] }',
+    ),
+    (
+        'mcp = { server = "g*" }',
+        'mcp = { server = "github", tool = "get_*" }',
+        'mcp = { tool = "get_*" }',
+    ),
+    (
+        'llm = { model = "*opus*" }',
+        'llm = { provider = "a", model = "claude-opus-4" }',
+        'llm = { provider = "a", model = "claude-*" }',
+    ),
+    (
+        'network = { hosts = ["**.a.b"], methods = ["GET", "PUT"] }',
+        'network = { hosts = ["x.a.b"], methods = ["GET"], ports = [443] }',
+        'network = { hosts = ["x.a.b"], methods = ["POST"], ports = [443] }',
+    ),
+    (
+        'network = { hosts = ["x.a.b"], paths = ["/v1/**"] }',
+        'network = { hosts = ["x.a.b"], paths = ["/v1/a/*"] }',
+        'network = { hosts = ["x.a.b"], paths = ["/v2/a/*"] }',
+    ),
+    (
+        'network = { hosts = ["x.a.b"], headers = { X-A = "1" } }',
+        'network = { hosts = ["x.a.b"], headers = { X-A = "1", X-B = "2" } }',
+        'network = { hosts = ["x.a.b"], headers = { X-A = "2" } }',
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wide", "narrow", "other"), EVERY_SECTION)
+def test_a_denial_that_covers_an_allow_is_told_in_every_section(
+    wide: str, narrow: str, other: str
+) -> None:
+    def about(matcher: str) -> str:
+        head = 'default = { exec = "deny", llm = "deny" }'
+        rules = (rule("wide", "deny", wide), rule("narrow", "allow", matcher))
+        return messages(policy(*rules, head=head))
+
+    assert "has no effect: p/wide denies all of it" in about(narrow)
+    assert "has no effect" not in about(other)
+
+
+def test_a_rule_of_another_time_makes_none_useless() -> None:
+    allow = rule("a", "allow", 'tool = { names = ["x"] }')
+    when = '\nwhen = { days = ["mon"] }'
+    deny = rule("d", "deny", 'tool = { names = ["x"] }' + when)
+    same = rule("a", "allow", 'tool = { names = ["x"] }' + when)
+    assert found(policy(allow, deny)) == []
+    assert "has no effect" in messages(policy(same, deny))
+    always = rule("a", "allow", 'tool = { names = ["x"] }\nwhen = { days = ["mon-sun"] }')
+    assert "when is always" in messages(policy(always))
+
+
+def test_an_allow_of_what_is_allowed_by_default_changes_nothing() -> None:
+    program = rule("r", "allow", 'exec = { paths = ["/usr/bin/git"] }')
+    assert "changes nothing: the default of exec is allow" in messages(policy(program))
+    assert found(policy(program, head='default = { exec = "deny" }')) == []
+    strict = policy(head='default = { exec = "deny" }', id_="q")
+    assert "changes nothing" not in messages(policy(program), strict)
+
+
+def test_content_that_a_plain_rule_makes_useless_is_told() -> None:
+    narrow = rule("narrow", "allow", 'network = { hosts = ["a.example"], methods = ["GET"] }')
+    plain = rule("plain", "allow", 'network = { hosts = ["a.example", "b.example"] }')
+    other = rule("plain", "allow", 'network = { hosts = ["a.example"], ports = [8443] }')
+    told = messages(policy(narrow, plain))
+    assert "p/narrow restricts nothing: p/plain allows every request to its hosts" in told
+    assert "restricts nothing" not in messages(policy(narrow, other))
+
+
+NO_SECRETS = rule("s", "deny", 'network = { hosts = ["**"], body = { secrets = ["any"] } }')
+
+
+def test_a_denial_by_content_that_nothing_inspects_is_told() -> None:
+    assert ("warning", "p/s") in [(s, k) for s, k, _ in found(policy(ALLOW_A, NO_SECRETS))]
+    assert "nothing inspects the connections" in messages(policy(ALLOW_A, NO_SECRETS))
+    inspected = rule("i", "allow", 'network = { hosts = ["i.example"], inspect = true }')
+    assert found(policy(inspected, NO_SECRETS)) == []
+    told = found(policy(inspected, ALLOW_A, NO_SECRETS))
+    assert told == [
+        ("advice", "p/s", "does not see what these let through without inspection: p/allow-a")
+    ]
+    both = rule("i", "allow", 'network = { hosts = ["**.example"], wide = true, inspect = true }')
+    assert "does not see" not in messages(policy(both, ALLOW_A, NO_SECRETS))
+
+
+def test_rules_about_models_and_secrets_need_something_that_inspects() -> None:
+    model = rule("m", "deny", 'llm = { model = "x" }')
+    secret = """[[secret]]
+    id = "k"
+    source = { credential = "c" }
+    inject = { hosts = ["a.example"], header = "X-Key" }
+    placeholder = "placeholder"
+    """
+    inspected = rule("i", "allow", 'network = { hosts = ["a.example"], inspect = true }')
+    told = messages(policy(ALLOW_A, model) + secret)
+    assert "no request to a model is seen" in told
+    assert "p/k no rule inspects its hosts" in told
+    assert found(policy(inspected, model) + secret) == []
+
+
+def test_an_allow_of_what_is_kept_read_only_is_told() -> None:
+    write = rule("w", "allow", 'file = { paths = ["~/x/y/*"], access = ["write"] }')
+    read = rule("w", "allow", 'file = { paths = ["~/x/y/*"], access = ["read"] }')
+    box = '[sandbox]\nread_only = ["~/x"]\n'
+    assert "read_only keeps it" in messages(policy(write) + box)
+    assert "read_only keeps it" not in messages(policy(read) + box)
+    assert found(policy(write) + box.replace("~/x", "~/other")) == []
+
+
+@pytest.mark.parametrize(
+    ("matcher", "words"),
+    [
+        ('dns = { names = ["**"] }', "names carry data out"),
+        ('dns = { names = ["*.com"], wide = true }', "names carry data out"),
+        ('inbound = { cidrs = ["0.0.0.0/0"] }', "connections from every address"),
+        ('mcp = { tool = "get_*" }', "every MCP server"),
+        ('llm = { model = "*" }', "every model"),
+        ('file = { paths = ["/**"], access = ["write"] }', "nearly everywhere"),
+        ('file = { paths = ["~/**"], access = ["delete"] }', "nearly everywhere"),
+    ],
+)
+def test_other_openings_that_may_not_be_meant_are_told(matcher: str, words: str) -> None:
+    head = 'default = { llm = "deny" }'
+    assert words in messages(policy(rule("r", "allow", matcher), head=head))
+    assert words not in messages(policy(rule("r", "deny", matcher), head=head))
+
+
+def test_a_denial_of_one_segment_is_told() -> None:
+    one = rule("r", "deny", 'network = { hosts = ["a.example"], paths = ["/admin/*"] }')
+    assert "what lies deeper is not denied" in messages(policy(one))
+    assert "write /admin/** to deny all of it" in {f.fix for f in loads({"p": policy(one)}).check()}
+
+
+def test_very_many_rules_are_told_not_to_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [rule(f"r{n}", "allow", f'tool = {{ names = ["t{n}"] }}') for n in range(4)]
+    monkeypatch.setattr(check, "PAIRS_LIMIT", 15)
+    assert "too many to look for useless ones" in messages(policy(*rules))
+    monkeypatch.setattr(check, "PAIRS_LIMIT", 16)
+    assert found(policy(*rules)) == []
 
 
 def test_findings_have_a_line_and_are_in_order() -> None:
