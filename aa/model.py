@@ -215,6 +215,7 @@ class Run:
     exit_code: int | None = None
     signal: int | None = None
     paused_by: int = -1  # the uid of who froze it; -1 while it is not paused
+    share: str = ""  # digest of the policy's share of its sandbox, as it was when the run started
 
     @property
     def live(self) -> bool:
@@ -240,6 +241,7 @@ class Run:
             "exit_code": self.exit_code,
             "signal": self.signal,
             "paused_by": self.paused_by,
+            "share": self.share,
         }
 
     @classmethod
@@ -265,6 +267,7 @@ class Run:
                 exit_code=None if m.get("exit_code") is None else int(m["exit_code"]),
                 signal=None if m.get("signal") is None else int(m["signal"]),
                 paused_by=int(m.get("paused_by", -1)),
+                share=_text(m, "share", ""),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise MalformedValue(f"run: {e}") from e

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aa.model import Action, Decision, Effect, Layer, Mode, RecordType, Report, Run
+from aa.model import Action, Decision, Effect, Layer, RecordType, Report, Run
 
 Json = Any
 Record = dict[str, Json]
@@ -78,8 +78,10 @@ def of_decision(
     )
 
 
-def of_report(subject: Subject, report: Report, policy: str, mode: Mode | None) -> Record:
-    """The record of what a component saw or refused."""
+def of_report(subject: Subject, report: Report, policy: str, said: Decision | None) -> Record:
+    """The record of what a component saw or refused, with what the policy says of it."""
+    would = (said.would or said.effect) if said else None
+    against = said if said and would is not Effect.ALLOW else None
     return _record(
         report.type,
         subject,
@@ -88,11 +90,11 @@ def of_report(subject: Subject, report: Report, policy: str, mode: Mode | None) 
         kind=report.kind.value,
         target=report.target,
         decision=report.effect.value if report.effect else "",
-        rule=report.rule,
-        reason=report.reason,
+        rule=report.rule or (said.rule if said else ""),
+        reason=report.reason or (against.reason if against else ""),
         policy=policy,
-        mode=mode.value if mode else "",
-        would="",
+        mode=said.mode.value if said else "",
+        would=would.value if would else "",
         attributes=report.attributes,
         count=report.count,
     )
@@ -161,7 +163,7 @@ def sentence(record: Record) -> str:
     """One line for people; control characters in what an agent chose are made visible."""
     who = " ".join(x for x in (record["agent"], record["run"] and f"[{record['run']}]") if x)
     verdict = record["decision"] or record["type"]
-    if record["would"] and record["would"] != record["decision"]:
+    if record["would"] and record["would"] != (record["decision"] or Effect.ALLOW.value):
         verdict += f" (enforce would {record['would']})"
     times = f" ({record['count']} times)" if record["count"] > 1 else ""
     rule = f" by {record['rule']}" if record["rule"] else ""

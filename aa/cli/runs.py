@@ -21,19 +21,24 @@ def runs() -> None:
     epilog="""\b
 Examples:
   aasm runs list
-  aasm runs list --ended --json""",
+  aasm runs list --ended --json
+
+A run marked `pending` has the sandbox of an earlier policy: folders, closed files and programs, memory
+and tasks follow when it is started again. What it connects to, resolves and calls is decided by the
+policy in force.""",
 )
 @click.option("--ended", is_flag=True, help="Also list runs that are over, newest first.")
 @json_option
 def list_(ended: bool, as_json: bool) -> None:
     """List live runs."""
     with control() as client:
-        found = client.call("io.agentassembly.Control.ListRuns", {"ended": ended})["runs"]
+        told = client.call("io.agentassembly.Control.ListRuns", {"ended": ended})
+    found, pending = told["runs"], set(told["pending"])
     if as_json:
-        print_json(found)
+        print_json([{**r, "pending": r["id"] in pending} for r in found])
         return
     print_table(
-        ("run", "agent", "user", "state", "layers", "started", "end", "command"),
+        ("run", "agent", "user", "state", "layers", "started", "end", "policy", "command"),
         [
             (
                 r["id"],
@@ -43,6 +48,7 @@ def list_(ended: bool, as_json: bool) -> None:
                 " ".join(r["layers"]),
                 ago(r["started"]),
                 end_of(r),
+                "pending" if r["id"] in pending else "",
                 " ".join(r["argv"]),
             )
             for r in found
@@ -80,6 +86,8 @@ def show(run: str, as_json: bool) -> None:
         print_json(told)
         return
     print_table(("field", "value"), [(k, v) for k, v in told["run"].items() if v not in ("", None)])
+    if told["pending"]:
+        click.echo("its sandbox is that of an earlier policy until it is started again", err=True)
     print_denials(told["denials"])
 
 

@@ -61,6 +61,15 @@ def _print(told: dict[str, Any]) -> None:
         f"{told['decisions']} decisions, {told['denials']} denials, {told['records']} records, "
         f"{told['gaps']} gaps"
     )
+    if told["pending"]:
+        out.print(
+            "pending   ",
+            cell(
+                f"{len(told['pending'])} runs have the sandbox of an earlier policy until they are "
+                f"started again: {', '.join(told['pending'])}"
+            ),
+            sep=" ",
+        )
     if told["policy_state"] == "none":
         out.print(
             "\nNo policy is in force, so everything is denied. Choose one: "

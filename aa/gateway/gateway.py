@@ -49,6 +49,8 @@ from aa.model import (
     deny,
 )
 from aa.policy import Policy
+from aa.policy.compile import Share
+from aa.policy.replay import seen_action
 from aa.tomlfile import InvalidFile, Problem
 
 DENIALS_KEPT = 50
@@ -427,13 +429,26 @@ class Gateway:
         if budgeted and self.budgets.over_audit(report.run, happened=True):
             return
         subject = Subject.of(run) if run else replace(NOBODY, run=report.run)
-        record = audit_record.of_report(subject, report, self.source.revision, None)
+        said = self._said_of(run, report) if run else None
+        record = audit_record.of_report(subject, report, self.source.revision, said)
         size = self.audit.write(record)
         if budgeted:
             self.budgets.recorded(report.run, size)
         if report.effect is Effect.DENY:
             self.denied += 1
             self._remember_denial(record)
+
+    def _said_of(self, run: Run, report: Report) -> Decision | None:
+        """What the policy says of something that was only seen: so what nothing prevented is detected."""
+        policy = self.source.policy
+        action = seen_action(report)
+        if policy is None or action is None:
+            return None
+        try:
+            return policy.decide(run, action, now=report.time / 1e9)
+        except Exception as e:  # the record must not be lost with it
+            log.exception("judging %s %r", report.kind, report.target)
+            return deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
 
     def write_event(
         self,
@@ -752,6 +767,19 @@ class Gateway:
                 )
         return f"policy {self.source.revision}; {live}"
 
+    def share_of(self, run: Run) -> Share:
+        """What the policy in force says of the sandbox of such a run."""
+        policy = self.source.policy
+        return policy.compile(run).share if policy else Share()
+
+    def pending(self) -> list[str]:
+        """Live runs whose sandbox is that of an earlier policy: it is made when a run starts."""
+        return sorted(
+            run.id
+            for run in self.registry.live()
+            if run.share and run.share != self.share_of(run).digest
+        )
+
     def _policy_changed(self, source: PolicySource) -> None:
         if source.problems:
             self.write_event(
@@ -766,7 +794,8 @@ class Gateway:
             self.write_event(
                 Kind.GUARD,
                 "policy",
-                f"policy {source.revision} is in force",
+                f"policy {source.revision} is in force{_still(self.pending())}",
+                pending=self.pending(),
                 files=[str(f) for f in source.policy.files] if source.policy else [],
             )
         self.on_status()
@@ -800,6 +829,13 @@ def _answered(decision: Decision, approval: Approval) -> Decision:
     return replace(
         decision, effect=effect, reason=f"{decision.reason}; {told}", approval=approval.id
     )
+
+
+def _still(pending: list[str]) -> str:
+    if not pending:
+        return ""
+    runs = "1 run has" if len(pending) == 1 else f"{len(pending)} runs have"
+    return f"; {runs} the sandbox of an earlier one until started again"
 
 
 def denial_json(record: Record) -> dict[str, Any]:

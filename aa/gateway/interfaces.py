@@ -233,8 +233,7 @@ def enforce_service(
     def get_sandbox(call: Call) -> Reply:
         p = call.parameters
         run = Run("", p["agent"], p["user"], -1, tags=tuple(p["tags"]))
-        writable = gateway.source.policy.writable(run) if gateway.source.policy else None
-        return {"writable": None if writable is None else list(writable)}
+        return {"share": gateway.share_of(run).as_json()}
 
     def register(call: Call) -> Reply:
         p = call.parameters
@@ -252,6 +251,7 @@ def enforce_service(
                 argv=tuple(p["argv"]),
                 directory=p["directory"],
                 caller_uid=p["caller_uid"],
+                share=p["share"],
             )
         )
         open_run(run)
@@ -360,13 +360,14 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "pid": pid,
             "started": gateway.started,
             "halted": str(gateway.registry.halt or ""),
+            "pending": gateway.pending(),
         }
 
     def list_runs(call: Call) -> Reply:
         runs = sorted(gateway.registry.live(), key=lambda r: -r.started)
         if call.parameters["ended"]:
             runs += gateway.registry.ended()
-        return {"runs": [r.as_json() for r in runs]}
+        return {"runs": [r.as_json() for r in runs], "pending": gateway.pending()}
 
     def get_run(call: Call) -> Reply:
         run = gateway.registry.get(call.parameters["run"])
@@ -377,7 +378,12 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             {"run": run.id, "decision": "deny"},
             50,
         )
-        return {"run": run.as_json(), "denials": [denial_json(r) for r in denials]}
+        return {
+            "run": run.as_json(),
+            "denials": [denial_json(r) for r in denials],
+            "share": gateway.share_of(run).as_json(),
+            "pending": run.id in gateway.pending(),
+        }
 
     def show_policy(call: Call) -> Reply:
         policy = gateway.source.policy

@@ -13,15 +13,24 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from aa.launch import outside
+from aa.launch.confine import Kind, Seen, View, Wanted
 from aa.launch.sandbox import Directory, state_folder
+from aa.policy.compile import absolute
+from aa.policy.pattern import glob
 
 LOOK_SECONDS = 5.0
 """For the child; a home on a server that is away must not hold up the launch of others."""
-MAX_REPLY = 256 << 10
+MAX_REPLY = 1 << 20
+MAX_NAMES = 1024
+"""Names in folders that fit the globs of the policy; with more no run starts."""
+MAX_LISTED = 100_000
+"""Names of one folder that are compared with a glob."""
+MAX_LINKS = 40
+"""Links of the system on the way to one path, as the kernel has it."""
 
 FOLDER_MODE = 0o700
 
@@ -45,17 +54,25 @@ class Found:
     """Sockets and terminals of others that the user could open."""
     notes: tuple[str, ...]
     """What is not as a person would expect."""
+    seen: View = field(default_factory=dict)
+    """The paths that the policy is about."""
 
 
 async def look(
-    user: pwd.struct_passwd, directory: str, declared: Sequence[str], *, terminal: int = 0
+    user: pwd.struct_passwd,
+    directory: str,
+    declared: Sequence[str],
+    *,
+    terminal: int = 0,
+    wanted: Sequence[Wanted] = (),
 ) -> Found:
-    """Resolves the working directory, makes what is missing of the declared state folders, and finds
-    what others offer. `terminal` is the device number of the run's own."""
+    """Resolves the working directory, makes what is missing of the declared state folders, finds
+    what others offer, and looks at the paths that the policy is about. `terminal` is the device
+    number of the run's own."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     pid = os.fork()
     if pid == 0:
-        _child(user, theirs, lambda: _look(user.pw_dir, directory, declared, terminal))
+        _child(user, theirs, lambda: _look(user.pw_dir, directory, declared, terminal, wanted))
     theirs.close()
     try:
         ours.setblocking(False)
@@ -67,6 +84,8 @@ async def look(
     finally:
         ours.close()
         await asyncio.shield(_reap(pid))
+    if told["problem"]:
+        raise CannotLook(told["problem"])
     return Found(
         home=told["home"],
         directory=Directory(*told["directory"]) if told["directory"] else None,
@@ -74,7 +93,13 @@ async def look(
         folders=tuple(Directory(*f) for f in told["folders"]),
         covered=tuple(told["covered"]),
         notes=tuple(told["notes"]),
+        seen={w: tuple(map(_seen, found)) for w, found in zip(wanted, told["seen"], strict=True)},
     )
+
+
+def _seen(told: list[Any]) -> Seen:
+    path, kind, device, inode, above = told
+    return Seen(path, Kind(kind), device, inode, tuple(Directory(*a) for a in above))
 
 
 async def _read_all(sock: socket.socket) -> bytes:
@@ -113,7 +138,13 @@ def _child(
         os._exit(1)
 
 
-def _look(home: str, directory: str, declared: Sequence[str], terminal: int) -> dict[str, Any]:
+def _look(
+    home: str,
+    directory: str,
+    declared: Sequence[str],
+    terminal: int,
+    wanted: Sequence[Wanted],
+) -> dict[str, Any]:
     real_home = os.path.realpath(home)
     folders: list[tuple[str, int, int]] = []
     notes: list[str] = []
@@ -154,7 +185,97 @@ def _look(home: str, directory: str, declared: Sequence[str], terminal: int) -> 
         "folders": folders,
         "covered": covered,
         "notes": notes,
+        **_looked_at(wanted, real_home, directory),
     }
+
+
+# -- the paths that the policy is about
+
+
+class TooManyNames(Exception):
+    """More names fit the globs of the policy than can be mounted over."""
+
+
+def _looked_at(wanted: Sequence[Wanted], home: str, directory: str) -> dict[str, Any]:
+    told: list[list[Any]] = []
+    count = 0
+    for w in wanted:
+        path = absolute(w.path, home=home, directory=directory)
+        try:
+            found = [see(path)] if not w.names else see_names(path, w.names)
+        except (TooManyNames, OSError) as e:
+            return {"seen": [], "problem": f"cannot look at {path}: {e}"}
+        count += len(found)
+        told.append([[s.path, s.kind.value, s.device, s.inode, _numbers(s.above)] for s in found])
+    if count > MAX_NAMES + len(wanted):
+        return {"seen": [], "problem": f"more than {MAX_NAMES} names fit the policy's patterns"}
+    return {"seen": told, "problem": ""}
+
+
+def _numbers(above: Sequence[Directory]) -> list[tuple[str, int, int]]:
+    return [(a.path, a.device, a.inode) for a in above]
+
+
+def see_names(folder: str, names: str) -> list[Seen]:
+    """What in a folder fits a glob; nothing where its user cannot list it."""
+    fits = glob(names)
+    top = see(folder)
+    if top.kind is not Kind.FOLDER:
+        return []
+    found = []
+    try:
+        with os.scandir(top.path) as entries:
+            for number, entry in enumerate(entries):
+                if number >= MAX_LISTED:
+                    raise TooManyNames(f"it has more than {MAX_LISTED} names")
+                if fits(entry.name):
+                    found.append(see(os.path.join(top.path, entry.name)))
+    except PermissionError:
+        return []
+    return found
+
+
+def see(path: str) -> Seen:
+    """Walks to an absolute path. Links of the system, which its user cannot have made, are
+    followed; at any other the walk ends."""
+    parts = [part for part in path.split("/") if part]
+    at, above, links = "/", [_place("/")], 0
+    while parts:
+        name = parts.pop(0)
+        here = os.path.join(at, name)
+        try:
+            status = os.lstat(here)
+        except (FileNotFoundError, NotADirectoryError):
+            return Seen(os.path.join(here, *parts), Kind.MISSING, above=tuple(above))
+        except OSError:
+            return Seen(os.path.join(here, *parts), Kind.UNREACHABLE, above=tuple(above))
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > MAX_LINKS or not _is_systems(status, at):
+                return Seen(os.path.join(here, *parts), Kind.LINK, above=tuple(above))
+            # From the top again, so that `..` in it means what it says.
+            target = os.path.normpath(os.path.join(at, os.readlink(here)))
+            parts = [part for part in target.split("/") if part] + parts
+            at, above = "/", [_place("/")]
+            continue
+        if not parts or not stat.S_ISDIR(status.st_mode):
+            kind = Kind.FOLDER if stat.S_ISDIR(status.st_mode) else Kind.FILE
+            if parts:  # something is to be below a file
+                kind, here = Kind.MISSING, os.path.join(here, *parts)
+            return Seen(here, kind, status.st_dev, status.st_ino, tuple(above))
+        at = here
+        above.append(Directory(here, status.st_dev, status.st_ino))
+    return Seen(at, Kind.FOLDER, above[-1].device, above[-1].inode, tuple(above[:-1]))
+
+
+def _place(path: str) -> Directory:
+    status = os.stat(path)
+    return Directory(path, status.st_dev, status.st_ino)
+
+
+def _is_systems(link: os.stat_result, folder: str) -> bool:
+    """Whether only root can have put a link where it is."""
+    return link.st_uid == 0 and os.stat(folder).st_uid == 0 and not os.access(folder, os.W_OK)
 
 
 def make_folder(top: str, path: str) -> tuple[str, int, int]:

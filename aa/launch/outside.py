@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from aa.launch.landlock import PRIVATE_FOLDERS
 from aa.launch.sandbox import HIDDEN, INACCESSIBLE, is_below
+from aa.policy.sandbox import PRIVATE
 
 UNIX_SOCKETS = Path("/proc/1/net/unix")
 """Those of the host's network namespace, whatever ours is."""
@@ -56,7 +56,7 @@ def _visible(path: str) -> bool:
     """False for abstract names, for what is hidden anyhow, and for what systemd would not take as a path."""
     if not PLAIN_PATH.fullmatch(path) or os.path.normpath(path) != path:
         return False
-    return not any(is_below(path, top) for top in (*HIDDEN, *INACCESSIBLE, *PRIVATE_FOLDERS))
+    return not any(is_below(path, top) for top in (*HIDDEN, *INACCESSIBLE, *PRIVATE))
 
 
 def read_socket_paths(home: str, directory: str) -> tuple[list[str], bool]:

@@ -14,11 +14,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from aa import paths
-from aa.launch.landlock import PRIVATE_FOLDERS
 from aa.model import Layer, Run
+from aa.policy.sandbox import PRIVATE
 
 SHIM_SOCKETS_DIR = paths.RUNTIME_DIR / "shim"
 """One socket of aa-launch per starting run; also where the run sees its own."""
+
+INTERPRETER = "/usr/bin/python3"
+"""The shim's."""
 
 START_SECONDS = 30
 STOP_SECONDS = 5
@@ -101,6 +104,34 @@ class Directory:
     inode: int
 
 
+class Proof(enum.StrEnum):
+    """What the shim finds of a path before the program starts; the shim has the same words."""
+
+    CLOSED = "closed"  # it cannot be opened
+    READ_ONLY = "read-only"
+    NO_EXEC = "no-exec"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    path: str
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Mounts:
+    """Paths that the policy takes from a run, by how. Those that are missing do not matter."""
+
+    inaccessible: tuple[str, ...] = ()
+    read_only: tuple[str, ...] = ()
+    no_exec: tuple[str, ...] = ()
+    exec: tuple[str, ...] = ()
+    """Executable all the same, in what is writable."""
+    fixed: tuple[str, ...] = ()
+    """Read-only mounts of their own. systemd makes the mount of a path that it takes execution from, or
+    gives it to, writable, and drops `ReadOnlyPaths=` of what is read-only around."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sandbox:
     """What a run may write, and how it begins."""
@@ -111,6 +142,24 @@ class Sandbox:
     """Declared state folders, writable."""
     covered: tuple[str, ...] = ()
     """Sockets and terminals of programs outside of the run."""
+    file: str = "sandbox"
+    """The policy's default for files: deny, sandbox or allow."""
+    exec: str = "allow"
+    private: tuple[str, ...] = PRIVATE
+    """Folders of the run's own that it may write to."""
+    mounts: Mounts = Mounts()
+    kept: tuple[Directory, ...] = ()
+    """Folders and files in writable ones that can be neither moved nor removed."""
+    fixed: tuple[Directory, ...] = ()
+    """Those of `mounts.fixed` that the run's user looked at."""
+    checks: tuple[Check, ...] = ()
+    readable: tuple[Directory, ...] = ()
+    """What `file = "deny"` leaves open by rules."""
+    executable: tuple[Directory, ...] = ()
+    """The same of `exec = "deny"`."""
+    memory: int | None = None
+    """Bytes."""
+    tasks: int | None = None
     umask: int = 0o022
     resolver: str = ""
     """What /etc/resolv.conf is a link to, when that is in a hidden place."""
@@ -136,9 +185,9 @@ def judge_directory(path: str, home: str) -> tuple[Place, str]:
     """What becomes of a working directory, and a note for the person where it is not as usual."""
     if any(is_below(path, top) for top in (*HIDDEN, *INACCESSIBLE)):
         return Place.REFUSED, f"{path} is not visible to a run; start it in another folder"
-    if path in PRIVATE_FOLDERS:
+    if path in PRIVATE:
         return Place.PRIVATE, f"{path} is the run's own, empty folder"
-    if any(is_below(path, top) for top in PRIVATE_FOLDERS):
+    if any(is_below(path, top) for top in PRIVATE):
         return Place.WRITABLE, ""
     own_home = is_home(home)
     if own_home and path == home:
@@ -154,6 +203,13 @@ def judge_directory(path: str, home: str) -> tuple[Place, str]:
     if path == "/" or any(is_below(path, tree) for tree in SYSTEM_TREES):
         return Place.READ_ONLY, f"{path} is read-only, because it belongs to the system"
     return Place.WRITABLE, ""
+
+
+def judge_open_directory(path: str, home: str) -> tuple[Place, str]:
+    """The same where the policy lets files be written as the user may."""
+    if is_home(home) and is_below(path, home):
+        return Place.WRITABLE, ""
+    return judge_directory(path, home)
 
 
 def state_folder(declared: str, home: str) -> tuple[str, str] | None:
@@ -182,6 +238,7 @@ def properties(
         *_privileges(),
         *_file_system(run, sandbox, shim_socket),
         *_kernel(),
+        *_amounts(sandbox),
     ]
     for name, value in unit:
         if any(ord(c) < 0x20 or ord(c) == 0x7F for text in _texts(value) for c in text):
@@ -201,7 +258,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _process(
     run: Run, sandbox: Sandbox, shim_socket: str, streams: Sequence[int]
 ) -> Iterable[tuple[str, Any]]:
-    argv = ["/usr/bin/python3", "-I", "-S", str(paths.SHIM), shim_socket]
+    argv = [INTERPRETER, "-I", "-S", str(paths.SHIM), shim_socket]
     stdin, stdout, stderr = streams
     return [
         ("Type", "exec"),
@@ -238,17 +295,19 @@ def _privileges() -> Iterable[tuple[str, Any]]:
 
 
 def _file_system(run: Run, sandbox: Sandbox, shim_socket: str) -> Iterable[tuple[str, Any]]:
-    bound = [p for p in sandbox.writable if any(is_below(p, top) for top in PRIVATE_FOLDERS)]
+    bound = [p for p in sandbox.writable if any(is_below(p, top) for top in PRIVATE)]
     shown = [
         (str(paths.run_directory(run.id)), str(paths.RUN_VIEW)),
         (shim_socket, shim_socket),
     ]
     if sandbox.resolver:
         shown.append((sandbox.resolver, sandbox.resolver))
+    mounts = sandbox.mounts
+    open_home = sandbox.file == "allow"
     return [
         # strict leaves /home and /root alone, ProtectHome= is for them
-        ("ProtectSystem", "strict"),
-        ("ProtectHome", "read-only"),
+        ("ProtectSystem", "full" if open_home else "strict"),
+        ("ProtectHome", "no" if open_home else "read-only"),
         ("ReadWritePaths", [p for p in sandbox.writable if p not in bound]),
         ("PrivateTmp", True),
         ("PrivateDevices", True),
@@ -257,10 +316,30 @@ def _file_system(run: Run, sandbox: Sandbox, shim_socket: str) -> Iterable[tuple
             "TemporaryFileSystem",
             [(path, "ro,mode=0755") for path in HIDDEN] + [("/dev/shm", "mode=1777")],
         ),
-        ("BindPaths", [(path, path, False, MS_REC) for path in bound]),
-        ("BindReadOnlyPaths", [(source, target, False, MS_REC) for source, target in shown]),
-        ("InaccessiblePaths", [f"-{path}" for path in (*INACCESSIBLE, *sandbox.covered)]),
+        (
+            "BindPaths",
+            [(path, path, False, MS_REC) for path in (*bound, *(k.path for k in sandbox.kept))],
+        ),
+        (
+            "BindReadOnlyPaths",
+            [(source, target, False, MS_REC) for source, target in shown]
+            + [(path, path, True, MS_REC) for path in mounts.fixed],
+        ),
+        ("InaccessiblePaths", _lenient((*INACCESSIBLE, *sandbox.covered, *mounts.inaccessible))),
+        ("ReadOnlyPaths", _lenient(mounts.read_only)),
+        ("NoExecPaths", _lenient(mounts.no_exec)),
+        ("ExecPaths", _lenient(mounts.exec)),
     ]
+
+
+def _lenient(listed: Iterable[str]) -> list[str]:
+    """Paths that need not exist."""
+    return [f"-{path}" for path in listed]
+
+
+def _amounts(sandbox: Sandbox) -> Iterable[tuple[str, Any]]:
+    amounts = (("MemoryMax", sandbox.memory), ("TasksMax", sandbox.tasks))
+    return [(name, value) for name, value in amounts if value is not None]
 
 
 def _kernel() -> Iterable[tuple[str, Any]]:

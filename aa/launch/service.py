@@ -12,20 +12,21 @@ import logging
 import os
 import signal
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aa import __version__, cgroup, paths
 from aa.config import Agent, Config
-from aa.launch import environment, folders, landlock, request, sandbox, streams
+from aa.launch import confine, environment, folders, landlock, request, sandbox, streams
 from aa.launch.door import Door, Shim, ShimFailed
 from aa.launch.halt import HALT_FILE
 from aa.launch.live import End, Live
 from aa.launch.switch import Switch
 from aa.launch.systemd import NoSuchUnit, Systemd, SystemdError, UnitState, Who
-from aa.model import Layer, Report, Run, RunState
+from aa.model import Layer, MalformedValue, Report, Run, RunState
+from aa.policy.compile import Share
 from aa.report import ENFORCE, Unreachable
 from aa.varlink import AsyncClient, Call, Peer, Service, VarlinkError
 
@@ -255,11 +256,11 @@ class Launcher:
         passed = environment.parse(parameters["environment"])
         directory = streams.directory_of(fds[parameters["directory"]])
         async with self._gateway() as gateway:
-            stated = await _stated_folders(gateway, asked)
-            box, home, notes = await self._sandbox(peer, asked, directory, terminal, stated)
+            share = await _share(gateway, asked)
+            box, home, notes = await self._sandbox(peer, asked, directory, terminal, share)
             if terminal is not None:
                 streams.give_terminal(terminal, owner=peer.uid, to=asked.user.pw_uid)
-            run = await _register(gateway, asked, home, directory.path, peer.uid)
+            run = await _register(gateway, asked, home, directory.path, peer.uid, share)
             live = Live(run, paths.run_unit(run.id))
             self._put(live)
             try:
@@ -277,19 +278,21 @@ class Launcher:
         asked: request.Request,
         directory: sandbox.Directory,
         terminal: int | None,
-        stated: Sequence[str] | None,
+        share: Share,
     ) -> tuple[sandbox.Sandbox, str, list[str]]:
-        """What the run may write; the user's real home; what a person should know about both.
+        """What the run may do; the user's real home; what a person should know about both.
 
-        `stated` is what the policy says of it: all of it, besides the agent's own state folders.
+        `share` is what the policy says of it: all of it, besides the agent's own state folders.
         """
         name = asked.user.pw_name
+        stated = share.writable
         try:
             found = await folders.look(
                 asked.user,
                 directory.path,
                 [*asked.agent.state, *(f for f in stated or () if f != ".")],
                 terminal=0 if terminal is None else os.fstat(terminal).st_rdev,
+                wanted=confine.wanted(share),
             )
         except folders.CannotLook as e:
             raise NotStarted("launch", str(e)) from e
@@ -304,7 +307,9 @@ class Launcher:
         place, note = sandbox.judge_directory(directory.path, found.home)
         if place is sandbox.Place.REFUSED:
             raise request.BadRequest(note)
-        if place is sandbox.Place.WRITABLE and stated is not None and "." not in stated:
+        if place is sandbox.Place.READ_ONLY and share.file == "allow":
+            place, note = sandbox.judge_open_directory(directory.path, found.home)
+        elif place is sandbox.Place.WRITABLE and stated is not None and "." not in stated:
             place = sandbox.Place.READ_ONLY
             note = f'{directory.path} is read-only, because the policy\'s [sandbox] writable has no "."'
         box = sandbox.Sandbox(
@@ -315,7 +320,17 @@ class Launcher:
             umask=streams.umask_of(peer.pid),
             resolver=hidden_resolver(),
         )
-        return box, found.home, [*([note] if note else []), *found.notes]
+        try:
+            box, more = confine.confined(
+                box,
+                share,
+                found.seen,
+                home=found.home,
+                interpreter=os.path.realpath(sandbox.INTERPRETER),
+            )
+        except confine.Unenforceable as e:
+            raise NotStarted("launch", str(e)) from e
+        return box, found.home, [*([note] if note else []), *found.notes, *more]
 
     async def _bring_up(
         self,
@@ -639,8 +654,8 @@ class Launcher:
             await client.close()
 
 
-async def _stated_folders(gateway: AsyncClient, asked: request.Request) -> Sequence[str] | None:
-    """The folders that the policy lets such a run write to; None where it states none."""
+async def _share(gateway: AsyncClient, asked: request.Request) -> Share:
+    """What the policy says of the sandbox of such a run."""
     agent: Agent = asked.agent
     try:
         reply = await gateway.call(
@@ -648,16 +663,22 @@ async def _stated_folders(gateway: AsyncClient, asked: request.Request) -> Seque
             {"agent": agent.name, "user": asked.user.pw_name, "tags": list(agent.tags)},
             timeout=GATEWAY_SECONDS,
         )
+        return Share.from_json(reply["share"])
     except VarlinkError as e:
         raise _not_ready(e) from e
     except Unreachable as e:
         raise NotStarted("gateway", f"the gateway does not answer: {e}") from e
-    stated: Sequence[str] | None = reply.get("writable")
-    return stated
+    except MalformedValue as e:
+        raise NotStarted("gateway", f"{e}: is the gateway of another version?") from e
 
 
 async def _register(
-    gateway: AsyncClient, asked: request.Request, home: str, directory: str, caller_uid: int
+    gateway: AsyncClient,
+    asked: request.Request,
+    home: str,
+    directory: str,
+    caller_uid: int,
+    share: Share,
 ) -> Run:
     agent: Agent = asked.agent
     try:
@@ -673,6 +694,7 @@ async def _register(
                 "argv": list(asked.argv),
                 "directory": directory,
                 "caller_uid": caller_uid,
+                "share": share.digest,
             },
             timeout=GATEWAY_SECONDS,
         )
@@ -711,12 +733,17 @@ def _instructions(
             "writable": box.place is sandbox.Place.WRITABLE,
         },
         "folders": [
-            {"path": f.path, "device": f.device, "inode": f.inode, "writable": True}
-            for f in box.folders
+            {"path": f.path, "device": f.device, "inode": f.inode, "writable": writable}
+            for places, writable in (
+                ((*box.folders, *box.kept), True),
+                ((*box.fixed, *box.readable, *box.executable), False),
+            )
+            for f in places
         ],
+        "closed": [[check.path, check.proof.value] for check in box.checks],
         "groups": list(asked.groups),
         "landlock": {
-            "rules": [[r.path, r.access.value] for r in landlock.rules(box.writable)],
+            "rules": [[r.path, r.access.value, r.optional] for r in landlock.rules(box)],
             "required": True,
         },
         "terminal": terminal is not None,

@@ -57,17 +57,23 @@ HANDLED_BY_ABI = {
     5: (1 << 16) - 1,
 }
 """Rights on files that an ABI knows; later ones know those of 5."""
+PROOFS = {"closed": 0, "read-only": os.ST_RDONLY, "no-exec": os.ST_NOEXEC}
+"""What a path may have to be before the program starts, and the flag of its mount that says so."""
 MINIMUM_ABI = 2
 """Below it files cannot be renamed between folders, which breaks ordinary tools."""
 
-READ = EXECUTE | READ_FILE | READ_DIR
-WRITE = (
-    READ | WRITE_FILE | TRUNCATE | REFER | REMOVE_DIR | REMOVE_FILE
+LOOK = READ_FILE | READ_DIR
+READ = LOOK | EXECUTE
+CHANGE = (
+    LOOK | WRITE_FILE | TRUNCATE | REFER | REMOVE_DIR | REMOVE_FILE
     | MAKE_DIR | MAKE_REG | MAKE_SOCK | MAKE_FIFO | MAKE_SYM
 )  # fmt: skip
-DEVICE = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | IOCTL_DEV
-ACCESS = {"read": READ, "write": WRITE, "device": DEVICE}
+WRITE = CHANGE | EXECUTE
+DEVICE = LOOK | WRITE_FILE | TRUNCATE | IOCTL_DEV
+ACCESS = {"look": LOOK, "read": READ, "change": CHANGE, "write": WRITE, "device": DEVICE}
 """What a rule of the instructions may grant. Making device nodes is nobody's."""
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+"""Rights that can be granted to a single file; the others are about what is in a folder."""
 
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)})
 """null, zero, full, random, urandom"""
@@ -246,14 +252,14 @@ def verify_privileges(groups: list[int]) -> None:
 
 
 def verify_place(place: dict[str, Any], what: str) -> int:
-    """A descriptor of a folder, which must be the very one that was checked, and as writable as meant.
+    """A descriptor of a folder or file, which must be the very one that was checked, and as writable as meant.
 
     A link swapped in while the sandbox was made shows here: in the inode, or in the mount. What is
     granted later is granted to this descriptor, so that swapping again afterwards gains nothing.
     """
     path = place["path"]
     try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         found = os.fstat(fd)
         flags = os.fstatvfs(fd).f_flag
     except OSError as e:
@@ -262,7 +268,7 @@ def verify_place(place: dict[str, Any], what: str) -> int:
         place["device"],
         place["inode"],
     ):
-        raise Failure(what, f"{path} is not the folder that it was when the run was asked for")
+        raise Failure(what, f"{path} is not what it was when the run was asked for")
     if place["writable"] and flags & os.ST_RDONLY:
         raise Failure(what, f"{path} is read-only in the sandbox")
     return fd
@@ -276,6 +282,22 @@ def enter(directory: dict[str, Any]) -> int:
     return verify_place({**directory, "path": "."}, "directory")
 
 
+def verify_closed(path: str, proof: str) -> None:
+    """What the policy takes from this run must really be taken from it."""
+    try:
+        if proof == "closed":
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            held = False
+        else:
+            held = bool(os.statvfs(path).f_flag & PROOFS[proof])
+    except PermissionError:
+        held = True
+    except OSError as e:
+        raise Failure("closed", f"{path}: {e.strerror}") from None
+    if not held:
+        raise Failure("closed", f"{path} is not {proof} in the sandbox, as the policy wants it")
+
+
 def landlock_abi() -> int:
     """The kernel's Landlock ABI, 0 where there is none."""
     found = libc().syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
@@ -283,7 +305,7 @@ def landlock_abi() -> int:
 
 
 def landlock(
-    rules: list[list[str]], required: bool, opened: Mapping[str, int] | None = None
+    rules: list[list[Any]], required: bool, opened: Mapping[str, int] | None = None
 ) -> None:
     """Confines this process and all that it will start to what the rules grant.
 
@@ -297,8 +319,9 @@ def landlock(
     restrict(rules, abi, opened or {})
 
 
-def restrict(rules: list[list[str]], abi: int, opened: Mapping[str, int]) -> None:
-    """Applies rules (path, access) under one ABI; what it does not know is not handled."""
+def restrict(rules: list[list[Any]], abi: int, opened: Mapping[str, int]) -> None:
+    """Applies rules (path, access, and whether it may be missing) under one ABI; what it does not
+    know is not handled."""
     import ctypes
 
     c = libc()
@@ -310,10 +333,18 @@ def restrict(rules: list[list[str]], abi: int, opened: Mapping[str, int]) -> Non
         c.syscall(SYS_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0),
         "landlock_create_ruleset",
     )
-    for path, access in rules:
-        fd = opened[path] if path in opened else os.open(path, os.O_PATH | os.O_CLOEXEC)
+    for path, access, *optional in rules:
+        try:
+            fd = opened[path] if path in opened else os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if optional != [True]:
+                raise
+            continue
+        rights = ACCESS[access] & handled
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= OF_FILES
         # struct landlock_path_beneath_attr is packed: 64 bits of rights, 32 of descriptor
-        rule = (ACCESS[access] & handled).to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
+        rule = rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
         checked(
             c.syscall(SYS_LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0),
             f"landlock_add_rule {path}",
@@ -363,6 +394,8 @@ def confine(instructions: dict[str, Any]) -> None:
     opened = {directory["path"]: enter(directory)}
     for folder in instructions["folders"]:
         opened[folder["path"]] = verify_place(folder, "folder")
+    for path, proof in instructions["closed"]:
+        verify_closed(path, proof)
     rules = instructions["landlock"]
     landlock(rules["rules"], rules["required"], opened)
     default_signals()

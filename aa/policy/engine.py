@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from aa.model import Action, Decision, Effect, Kind, Mode, Obligation, Run
 from aa.policy import obligations
 from aa.policy.check import Finding, findings
+from aa.policy.compile import Compiled, compiled
 from aa.policy.explain import Explanation, Search, steps_of_defaults, steps_of_other_files
 from aa.policy.host import InvalidHost
 from aa.policy.index import RuleIndex
@@ -124,6 +125,7 @@ class Policy:
         self.rules = every_rule(self.files)
         self._index = RuleIndex(self.rules)
         self._views: dict[tuple[str, str, tuple[str, ...]], View] = {}
+        self._compiled: dict[tuple[str, str, tuple[str, ...]], Compiled] = {}
 
     # -- what it is asked
 
@@ -157,6 +159,25 @@ class Policy:
         """Folders that `[sandbox] writable` opens to a run, or None if no file states it. `.` is the
         working directory, `~` the home."""
         return self.sandbox(run).writable
+
+    def compile(self, run: Run) -> Compiled:
+        """What of the policy is enforced elsewhere than by asking: the same for every run of an
+        agent, a user and tags. Files that only observe have no rules and defaults in it."""
+        key = (run.agent, run.user, run.tags)
+        found = self._compiled.get(key)
+        if found is None:
+            if len(self._compiled) >= VIEWS_LIMIT:
+                self._compiled.clear()
+            enforced = self._view(run).enforced
+            binds = bool(enforced.files)
+            found = self._compiled[key] = compiled(
+                [r for r in self.rules if r.bit & enforced.files],
+                self.sandbox(run),
+                file=enforced.defaults[Section.FILE] if binds else UNSTATED[Section.FILE],
+                exec_=enforced.defaults[Section.EXEC] if binds else UNSTATED[Section.EXEC],
+                network=enforced.defaults[Section.NETWORK],
+            )
+        return found
 
     def limits(self, run: Run) -> tuple[Limit, ...]:
         """The limits of all files that apply to a run."""

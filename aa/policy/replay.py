@@ -8,12 +8,13 @@ the log) makes it one that cannot be replayed; those are counted, and by why.
 from __future__ import annotations
 
 import datetime
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aa.model import DECIDED, Action, Decision, Effect, Kind, Layer, RecordType, Run
+from aa.model import DECIDED, Action, Decision, Effect, Kind, Layer, RecordType, Report, Run
 from aa.policy.engine import Policy
 
 Json = Any
@@ -32,6 +33,7 @@ CUT_TARGET = "its target was too long for the log"
 NO_RUN = "the beginning of its run is not in the log, so its tags, home and directory are not known"
 NOT_ASKED = "refused by kernel or firewall, which asked no policy"
 UNKNOWN_KIND = "a kind of action that this version does not know"
+NO_PATH = "its path is not known in full"
 NO_SUBJECT = "nobody's: it belongs to no known run"
 
 _LENIENCE = (Effect.DENY, Effect.ASK, Effect.ALLOW)
@@ -106,7 +108,7 @@ class Replay:
             raise _LeftOut(CUT_TARGET)
         return Question(
             run=self._run(record, kind),
-            action=Action(kind, record["target"], record["attributes"]),
+            action=_action(record, kind, seen=seen),
             now=moment(record["time"]),
             count=record["count"],
             seen=seen,
@@ -150,6 +152,15 @@ class Replay:
         return any(f.applies_to.tags for policy in self.policies for f in policy.files)
 
 
+def _action(record: Record, kind: Kind, *, seen: bool) -> Action:
+    if not seen:
+        return Action(kind, record["target"], record["attributes"])
+    action = _seen_action(kind, record["target"], record["attributes"])
+    if action is None:
+        raise _LeftOut(NO_PATH)
+    return action
+
+
 TEXTS = (
     "type", "layer", "kind", "target", "decision", "rule", "would", "agent", "run", "user", "time",
 )  # fmt: skip
@@ -163,6 +174,32 @@ def _is_record(record: Record) -> bool:
         and record["count"] > 0
         and isinstance(record.get("attributes"), dict)
     )
+
+
+def seen_action(report: Report) -> Action | None:
+    """What the kernel layer saw, as something to ask a policy about; None for what is no such thing."""
+    if report.layer is not Layer.KERNEL or report.type is not RecordType.OBSERVED:
+        return None
+    return _seen_action(report.kind, report.target, report.attributes)
+
+
+def _seen_action(kind: Kind, target: str, attributes: Mapping[str, Json]) -> Action | None:
+    """By the path's text: `..` is taken out of it, and a part that is missing makes it none."""
+    if kind not in SEEN or not target.startswith("/"):
+        return None
+    told: dict[str, Json] = {}
+    if kind is Kind.FILE_OPEN:
+        told["access"] = "read" if attributes.get("access") == "read" else "write"
+    elif kind is Kind.FILE_RENAME:
+        to = attributes.get("to")
+        if not isinstance(to, str) or not to.startswith("/"):
+            return None
+        told["to"] = _normal(to)
+    return Action(kind, _normal(target), told)
+
+
+def _normal(path: str) -> str:
+    return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def _is_seen(record: Record) -> bool:

@@ -16,6 +16,16 @@ from aa.tomlfile import Document, Problem
 
 Json = Any
 
+PRIVATE = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
+"""Folders of the run's own: nobody else sees what it writes there."""
+WRITABLE_ANYHOW = (*PRIVATE, "/dev", "/proc")
+"""Besides `writable`: what a run may write to as far as the private /dev and the files' owners let it."""
+NEEDED = (
+    "/bin", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin",
+    "/sys", "/usr",
+)  # fmt: skip
+"""What `file = "deny"` lets a run read all the same: without it no program starts."""
+
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"([1-9][0-9]{0,8})([KMGT])")
 MEMORY_LEAST = 16 << 20

@@ -10,7 +10,7 @@ from aa.policy.address import Place
 from aa.policy.matchers import Access, InboundQuestion, PathQuestion
 from aa.policy.network import Match, NetworkQuestion, Request
 from aa.policy.rules import Rule, Section
-from aa.policy.sandbox import Sandbox
+from aa.policy.sandbox import NEEDED, WRITABLE_ANYHOW, Sandbox
 
 # Reading a member of an enumeration takes longer than reading a name of this module.
 _DENY, _ASK, _ALLOW, _YES = Effect.DENY, Effect.ASK, Effect.ALLOW, Match.YES
@@ -285,19 +285,30 @@ def weigh_file(
         return Verdict(_DENY, "<read-only>", words=words)
     if found.rule != "<default>":
         return found
-    default = side.defaults[Section.FILE]
-    if default != "sandbox":
-        return Verdict(Effect(default), "<default>")
-    if not writes:
-        return Verdict(_ALLOW, "<default>", words="reading is up to the user's rights")
+    return _unnamed_file(q, side, directory, home)
+
+
+def _unnamed_file(q: PathQuestion, side: Side, directory: str, home: str) -> Verdict:
+    """What the default makes of a file that no rule is about."""
+    default, reads = side.defaults[Section.FILE], q.access is Access.READ
+    if default == "allow" or (reads and default == "sandbox"):
+        what = "reading" if reads else "writing"
+        return Verdict(_ALLOW, "<default>", words=f"{what} is up to the user's rights")
     folders = (".",) if side.sandbox.writable is None else side.sandbox.writable
     if any(inside(q.path, absolute(folder, directory, home)) for folder in folders):
         return Verdict(_ALLOW, "<default>", words="it is in a writable folder")
-    words = (
-        "it is outside the folders that the run may write to "
-        f"({', '.join(folders) or 'none'}); [sandbox] writable in the policy can add one"
-    )
-    return Verdict(_DENY, "<default>", words=words)
+    if any(inside(q.path, folder) for folder in WRITABLE_ANYHOW):
+        return Verdict(_ALLOW, "<default>", words="the folder is the run's own")
+    listed = ", ".join(folders) or "none"
+    if not reads:
+        words = (
+            f"it is outside the folders that the run may write to ({listed}); "
+            "[sandbox] writable in the policy can add one"
+        )
+        return Verdict(_DENY, "<default>", words=words)
+    if any(inside(q.path, folder) for folder in NEEDED):
+        return Verdict(_ALLOW, "<default>", words="every program needs to read there")
+    return Verdict(_DENY, "<default>")
 
 
 def absolute(folder: str, directory: str, home: str) -> str:

@@ -394,6 +394,7 @@ def run_json(lab: Lab, run: str, *, state: str, uid: int = 0, **changes: Any) ->
         "cgroup": str(directory.relative_to(lab.cgroup)),
         "cgroup_id": directory.stat().st_ino,
         "caller_uid": 0,
+        "share": "",
         "started": 1.0,
         "ended": 0.0,
         "exit_code": None,

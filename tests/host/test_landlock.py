@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from aa.launch import shim
+from aa.launch.landlock import LOADERS
 
 WORKS = 0
 OTHER = 99
@@ -61,6 +63,59 @@ def test_writing_is_granted_below_the_folder_and_refused_beside_it(place: Path) 
     assert confined(place, lambda: (other / "file").unlink()) == errno.EACCES
     assert confined(place, lambda: os.truncate(other / "file", 0)) == errno.EACCES
     assert (other / "file").read_text() == "kept\n"
+
+
+def rights(place: Path, rules: list[list[object]], act: Callable[[], object]) -> int:
+    """0 when `act` works in a child under these rules, else its errno."""
+    pid = os.fork()
+    if pid == 0:
+        code = OTHER
+        try:
+            shim.landlock(rules, True)
+            act()
+            code = WORKS
+        except OSError as e:
+            code = e.errno or OTHER
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def execute(path: str) -> None:
+    """Like a program that ends well, when it may be executed."""
+    os.execv(path, [path])
+
+
+LOADED: list[list[object]] = [[path, "read", True] for path in LOADERS]
+
+
+def test_with_look_alone_programs_are_read_and_not_executed(place: Path) -> None:
+    look = [["/", "look"], *LOADED]
+    assert rights(place, look, lambda: open("/usr/bin/true", "rb").read(4)) == WORKS
+    assert rights(place, look, lambda: execute("/usr/bin/true")) == errno.EACCES
+    assert (
+        rights(place, [*look, ["/usr/bin/true", "read"]], lambda: execute("/usr/bin/true")) == WORKS
+    )
+    assert (
+        rights(place, [*look, ["/usr/bin/true", "read"]], lambda: execute("/usr/bin/env"))
+        == errno.EACCES
+    )
+
+
+def test_what_may_be_changed_is_not_executed(place: Path) -> None:
+    program = place / "work/true"
+    shutil.copy("/usr/bin/true", program)
+    for access, outcome in (("change", errno.EACCES), ("write", WORKS)):
+        rules = [["/", "look"], *LOADED, [str(place / "work"), access]]
+        assert rights(place, rules, lambda: (place / "work/new").write_text("x")) == WORKS
+        assert rights(place, rules, lambda: execute(str(program))) == outcome
+
+
+def test_without_the_root_only_what_is_granted_is_read(place: Path) -> None:
+    rules = [["/usr", "read"], [str(place / "other/file"), "look"]]
+    assert rights(place, rules, lambda: (place / "other/file").read_text()) == WORKS
+    for closed in (place / "work", place / "other", Path("/etc")):
+        assert rights(place, rules, lambda closed=closed: os.listdir(closed)) == errno.EACCES
 
 
 def test_files_move_between_writable_folders_and_not_out_of_them(place: Path) -> None:

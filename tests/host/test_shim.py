@@ -112,6 +112,7 @@ def start() -> Iterator[Start]:
                 "writable": True,
             },
             "folders": [],
+            "closed": [],
             "groups": [],
             "landlock": {
                 "rules": [["/", "read"], ["/dev", "device"], [str(work), "write"]],
@@ -160,6 +161,14 @@ def test_the_run_is_confined_to_its_folder(start: Start) -> None:
     start.folder.chmod(0o777)
     start.instructions["argv"] = ["sh", "-c", "touch ../outside; echo $?; touch inside; echo $?"]
     assert start.run()[2].split() == ["1", "0"]
+
+
+def test_what_is_closed_is_proved_and_what_may_be_missing_is_not_needed(start: Start) -> None:
+    (start.folder / "secret").touch(mode=0o600)
+    start.instructions["closed"] = [[str(start.folder / "secret"), "closed"]]
+    start.instructions["landlock"]["rules"].append(["/missing", "read", True])
+    code, failure, _ = start.run()
+    assert (code, failure) == (0, {}) and start.marker.exists()
 
 
 def test_it_is_the_leader_of_its_session_and_owner_of_its_terminal(start: Start) -> None:
@@ -216,6 +225,30 @@ def break_rules(s: Start) -> None:
     s.instructions["landlock"]["rules"].append(["/missing", "write"])
 
 
+def break_optional(s: Start) -> None:
+    s.instructions["landlock"]["rules"].append(["/missing", "write", False])
+
+
+def break_closed(s: Start) -> None:
+    s.instructions["closed"] = [[str(s.folder / "shim"), "closed"]]
+
+
+def break_read_only(s: Start) -> None:
+    s.instructions["closed"] = [[str(s.folder / "work"), "read-only"]]
+
+
+def break_no_exec(s: Start) -> None:
+    s.instructions["closed"] = [["/usr/bin/env", "no-exec"]]
+
+
+def break_gone(s: Start) -> None:
+    s.instructions["closed"] = [["/missing", "closed"]]
+
+
+def break_proof(s: Start) -> None:
+    s.instructions["closed"] = [["/usr/bin/env", "somehow"]]
+
+
 def break_access(s: Start) -> None:
     s.instructions["landlock"]["rules"].append(["/", "everything"])
 
@@ -235,6 +268,12 @@ def break_instructions(s: Start) -> None:
         (break_path, "directory"),
         (break_folder, "folder"),
         (break_mount, "folder"),
+        (break_closed, "closed"),
+        (break_read_only, "closed"),
+        (break_no_exec, "closed"),
+        (break_gone, "closed"),
+        (break_proof, "shim"),
+        (break_optional, "shim"),
         (break_capabilities, "shim"),
         (break_setgid, "shim"),
         (break_no_new_privileges, "privileges"),

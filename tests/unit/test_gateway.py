@@ -443,3 +443,112 @@ def test_only_root_and_the_gateway_itself_may_say_that_the_host_is_halted(
     assert gateway.registry.halt is None
     method(Call("SetHalt", parameters, False, Peer(1, 0, 0, "x")))
     assert gateway.registry.halt is not None
+
+
+# -- what only the sandbox and the kernel can hold a run to
+
+FILES = """
+[[rule]]
+id = "no-sudo"
+effect = "deny"
+exec = { paths = ["/usr/bin/sudo"] }
+
+[[rule]]
+id = "keys"
+effect = "deny"
+file = { paths = ["~/.ssh/**"] }
+"""
+
+
+def saw(kind: Kind, target: str, run: Run, **attributes: Any) -> Report:
+    return Report(
+        RecordType.OBSERVED, Layer.KERNEL, kind, target, 10**18, run.id, attributes=attributes
+    )
+
+
+def policy_is(gateway: Gateway, policies: Path, text: str) -> None:
+    (policies / "50-test.toml").write_text(text)
+    assert gateway.source.reload() == []
+
+
+def started(gateway: Gateway) -> Run:
+    share = gateway.share_of(Run("", "claude-code", "dev", 1000)).digest
+    return gateway.register(
+        Run("", "claude-code", "dev", 1000, home="/home/dev", directory="/w", share=share)
+    )
+
+
+def test_what_the_kernel_saw_is_recorded_with_what_the_policy_says_of_it(
+    gateway: Gateway, policies: Path, records: Any
+) -> None:
+    policy_is(gateway, policies, POLICY + FILES)
+    run = started(gateway)
+    for report in (
+        saw(Kind.EXEC, "/usr/bin/sudo", run, argv=["sudo", "id"]),
+        saw(Kind.EXEC, "/usr/bin/git", run),
+        saw(Kind.FILE_OPEN, "/home/dev/.ssh/new", run, access="create"),
+        saw(Kind.FILE_OPEN, "/w/file", run, access="write"),
+        saw(Kind.FILE_RENAME, "/w/file", run, to="/home/dev/.ssh/config"),
+        saw(Kind.FILE_UNLINK, "/w/x/../../home/dev/.ssh/id", run),
+        saw(Kind.FILE_UNLINK, "…/id", run),
+        saw(Kind.NET_CONNECT, "1.2.3.4:5", run),
+    ):
+        gateway.write_report(report)
+    told = [(r["decision"], r["would"], r["rule"], r["mode"]) for r in records()[-8:]]
+    assert told == [
+        ("", "deny", "test/no-sudo", "enforce"),
+        ("", "allow", "<default>", "enforce"),
+        ("", "deny", "test/keys", "enforce"),
+        ("", "allow", "<default>", "enforce"),
+        ("", "deny", "test/keys", "enforce"),
+        ("", "deny", "test/keys", "enforce"),
+        ("", "", "", ""),
+        ("", "", "", ""),
+    ]
+    assert "denies /usr/bin/sudo" in records()[-8]["reason"]
+
+
+def test_a_refusal_keeps_its_own_rule_and_an_engine_that_fails_loses_no_record(
+    gateway: Gateway, policies: Path, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy_is(gateway, policies, POLICY + FILES)
+    run = started(gateway)
+    refusal = replace(
+        saw(Kind.EXEC, "/usr/bin/sudo", run),
+        type=RecordType.REFUSAL,
+        effect=Effect.DENY,
+        rule="<kernel-guard>",
+    )
+    gateway.write_report(refusal)
+    assert (records()[-1]["rule"], records()[-1]["would"]) == ("<kernel-guard>", "")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(type(gateway.source.policy), "decide", fail)
+    gateway.write_report(saw(Kind.EXEC, "/usr/bin/sudo", run))
+    assert (records()[-1]["rule"], records()[-1]["would"]) == ("<engine-error>", "deny")
+
+
+def test_a_run_whose_sandbox_is_of_an_earlier_policy_is_pending_until_it_ends(
+    gateway: Gateway, policies: Path, open_gateway: Open, records: Any
+) -> None:
+    old = started(gateway)
+    assert gateway.pending() == []
+    policy_is(gateway, policies, POLICY.replace("allowed.test", "other.test"))
+    assert gateway.pending() == [], "the network follows at once"
+    policy_is(gateway, policies, POLICY + FILES)
+    assert gateway.pending() == [old.id]
+    told = records()[-1]
+    assert "1 run has the sandbox of an earlier one" in told["reason"]
+    assert told["attributes"]["pending"] == [old.id]
+    new = started(gateway)
+    assert gateway.pending() == open_gateway().pending() == [old.id]
+    policy_is(gateway, policies, POLICY)
+    assert gateway.pending() == [new.id]
+    gateway.end(new.id, exit_code=0, signal=None)
+    assert gateway.pending() == []
+
+
+def test_without_a_policy_the_share_is_the_usual_sandbox(open_gateway: Open) -> None:
+    assert open_gateway().share_of(Run("", "a", "dev", 1000)).as_json()["closed"] == []

@@ -43,7 +43,7 @@ def bound(name: str) -> socket.socket:
 def test_a_socket_is_found_where_it_was_linked_or_moved_to_after_it_was_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outside, "PRIVATE_FOLDERS", ())
+    monkeypatch.setattr(outside, "PRIVATE", ())
     deep = tmp_path / "home" / ".config" / "editor"
     ssh = tmp_path / "home" / ".ssh"
     for folder in (deep, ssh, tmp_path / "work"):
@@ -65,7 +65,7 @@ def test_a_socket_is_found_where_it_was_linked_or_moved_to_after_it_was_bound(
 def test_a_socket_with_a_relative_name_is_found_in_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outside, "PRIVATE_FOLDERS", ())
+    monkeypatch.setattr(outside, "PRIVATE", ())
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "file").touch()
     monkeypatch.chdir(tmp_path / "ssh")

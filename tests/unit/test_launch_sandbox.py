@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from aa.launch.landlock import Access, rules
+from aa.launch.landlock import LOADERS, Access, rules
 from aa.launch.sandbox import (
     FORBIDDEN_SYSTEM_CALLS,
     Directory,
+    Mounts,
     Place,
     Sandbox,
     is_home,
@@ -19,6 +20,7 @@ from aa.launch.sandbox import (
 )
 from aa.launch.systemd import SIGNATURES, marshalled
 from aa.model import Layer, Run
+from aa.policy.sandbox import NEEDED
 
 HOME = "/home/dev"
 RUN = Run("r1", "sample", "dev", 2000, HOME, frozenset({Layer.PROXY, Layer.KERNEL}))
@@ -189,11 +191,64 @@ def test_state_folders_are_below_the_home_or_where_the_configuration_says() -> N
         assert state_folder(wrong, HOME) is None
 
 
+def granted(sandbox: Sandbox) -> dict[Access, set[str]]:
+    found: dict[Access, set[str]] = {access: set() for access in Access}
+    for rule in rules(sandbox):
+        found[rule.access].add(rule.path)
+    return found
+
+
+OWN = {"/home/dev/work", "/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue"}
+
+
 def test_landlock_grants_writing_where_the_mounts_do() -> None:
-    granted = rules(["/home/dev/work"])
-    written = {r.path for r in granted if r.access is Access.WRITE}
-    assert written == {"/home/dev/work", "/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue"}
-    assert [r.path for r in granted if r.access is Access.READ] == ["/"]
+    found = granted(box())
+    assert found[Access.WRITE] == OWN
+    assert found[Access.READ] == {"/"}
+    assert found[Access.LOOK] == found[Access.CHANGE] == set()
+
+
+def test_with_exec_denied_nothing_is_executed_but_what_rules_allow_and_the_loader() -> None:
+    found = granted(box(exec="deny", executable=(Directory("/usr/bin/git", 1, 3),)))
+    assert found[Access.READ] == {"/usr/bin/git", *LOADERS}
+    assert (found[Access.LOOK], found[Access.CHANGE]) == ({"/"}, OWN)
+    assert found[Access.WRITE] == set()
+
+
+def test_with_files_denied_the_root_is_not_granted() -> None:
+    found = granted(box(file="deny", readable=(Directory("/home/dev/.gitconfig", 1, 3),)))
+    assert found[Access.READ] == {*NEEDED, "/home/dev/.gitconfig"}
+    assert found[Access.WRITE] == OWN
+    assert all(
+        r.optional for r in rules(box(file="deny")) if r.path in NEEDED and r.access is Access.READ
+    )
+
+
+def test_with_files_allowed_writing_is_up_to_the_user_but_in_the_systems_trees() -> None:
+    free = box(file="allow")
+    assert "/" in granted(free)[Access.WRITE]
+    assert (of(free, "ProtectSystem"), of(free, "ProtectHome")) == ("full", "no")
+
+
+def test_what_the_policy_takes_is_in_the_unit_and_need_not_exist() -> None:
+    taken = Mounts(
+        ("/home/dev/.ssh",), ("/home/dev/work/.envrc",), ("/usr/bin/sudo",), ("/usr/lib",)
+    )
+    limited = box(
+        mounts=taken,
+        kept=(Directory("/home/dev/work/.git", 1, 3),),
+        memory=1 << 30,
+        tasks=100,
+    )
+    assert "-/home/dev/.ssh" in of(limited, "InaccessiblePaths")
+    assert of(limited, "ReadOnlyPaths") == ["-/home/dev/work/.envrc"]
+    assert of(limited, "NoExecPaths") == ["-/usr/bin/sudo"]
+    assert of(limited, "ExecPaths") == ["-/usr/lib"]
+    kept = "/home/dev/work/.git"
+    assert of(limited, "BindPaths") == [(kept, kept, False, 16384)]
+    assert (of(limited, "MemoryMax"), of(limited, "TasksMax")) == (1 << 30, 100)
+    assert not {"MemoryMax", "TasksMax"} & {name for name, _ in made(box())}
+    assert {name for name, _ in made(limited)} <= set(SIGNATURES) and marshalled(made(limited))
 
 
 def test_a_unit_takes_no_text_that_systemd_would_read_as_a_line_of_its_own() -> None:

@@ -18,12 +18,13 @@ import pytest
 
 from aa.config import Agent, Config
 from aa.launch import folders, sandbox, service
-from aa.launch.folders import Found
+from aa.launch.folders import Found, see
 from aa.launch.halt import Halt
 from aa.launch.live import Live
 from aa.launch.service import Launcher
 from aa.launch.systemd import NoSuchUnit, SystemdError, UnitState, Who
 from aa.model import Layer, Report, Run, RunState
+from aa.policy.compile import Bits, Closed, Share, absolute
 from aa.varlink import AsyncClient, Call, Client, Peer, Server, Service, VarlinkError
 from aa.varlink.server import Limits
 
@@ -37,6 +38,7 @@ class FakeSystemd:
 
     def __init__(self) -> None:
         self.states: dict[str, UnitState] = {}
+        self.units: dict[str, Any] = {}
         self.refusal: SystemdError | None = None
         self.done: list[tuple[str, Any]] = []
         self.frozen: set[str] = set()
@@ -46,6 +48,7 @@ class FakeSystemd:
     def start(self, unit: str, properties: Any) -> None:
         if self.refusal is not None:
             raise self.refusal
+        self.units[unit] = list(properties)
         argv = next(value for name, value in properties if name == "ExecStart")[0][1]
         self.states.setdefault(unit, ACTIVE)
         self.on_start(argv[-1])
@@ -91,7 +94,10 @@ class FakeGateway:
     ends: list[dict[str, Any]] = field(default_factory=list)
     refusal: VarlinkError | None = None
     end_refusals: int = 0
-    writable: list[str] | None = None
+    share: Share = Share()
+    raw_share: dict[str, Any] | None = None
+    shares: list[str] = field(default_factory=list)
+    """The digests that runs were registered with."""
     pauses: list[tuple[str, bool, str]] = field(default_factory=list)
     halts: list[bool] = field(default_factory=list)
     server: Server | None = None
@@ -106,7 +112,7 @@ class FakeGateway:
             "io.agentassembly.Enforce",
             {
                 **nothing,
-                "GetSandbox": lambda call: {"writable": self.writable},
+                "GetSandbox": lambda call: {"share": self.raw_share or self.share.as_json()},
                 "RegisterRun": self.register,
                 "StartRun": self.start,
                 "AwaitRun": self.wait,
@@ -125,8 +131,10 @@ class FakeGateway:
 
     def register(self, call: Call) -> dict[str, Any]:
         p = call.parameters
+        self.shares.append(p["share"])
         run = Run(f"r{len(self.runs)}", p["agent"], p["user"], p["uid"], p["home"],
-                  frozenset(map(Layer, p["layers"])), caller_uid=p["caller_uid"])  # fmt: skip
+                  frozenset(map(Layer, p["layers"])), caller_uid=p["caller_uid"],
+                  share=p["share"])  # fmt: skip
         self.runs[run.id] = run
         return {"run": run.as_json()}
 
@@ -236,11 +244,12 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """Runs a test's coroutine on a stage."""
 
     async def look(
-        user: pwd.struct_passwd, directory: str, declared: Any, *, terminal: int
+        user: pwd.struct_passwd, directory: str, declared: Any, *, terminal: int, wanted: Any
     ) -> Found:
         status = os.stat(directory)
         place = sandbox.Directory(directory, status.st_dev, status.st_ino)
-        return Found("/home/nobody-at-all", place, "", (), (), ())
+        seen = {w: (see(absolute(w.path, home="/nobody", directory=directory)),) for w in wanted}
+        return Found("/home/nobody-at-all", place, "", (), (), (), seen)
 
     def is_main_process(self: Launcher, live: Live, peer: Peer) -> bool:
         group = f"{sandbox.SLICE_PATHS[True]}/{live.unit}"
@@ -293,6 +302,44 @@ def test_a_run_is_told_from_its_start_to_its_end(play: Play) -> None:
         assert instructions["landlock"]["required"] is True
         assert (await stage.ended())["exit_code"] == 3
         assert list((stage.folder / "doors").iterdir()) == []
+
+    play(test)
+
+
+def test_what_the_policy_closes_is_for_the_shim_to_prove_and_the_run_remembers_it(
+    play: Play,
+) -> None:
+    async def test(stage: Stage) -> None:
+        closed = Closed(str(stage.folder / "secret"), "", Bits.READ, "p/secret")
+        (stage.folder / "secret").touch()
+        stage.gateway.share = Share(closed=(closed,), tasks=50)
+        stage.play_shim()
+        await stage.start()
+        assert stage.heard[0]["closed"] == [[closed.path, "closed"]]
+        assert stage.gateway.shares == [stage.gateway.share.digest]
+        unit = dict(stage.systemd.units["aa-agent-r0.service"])
+        assert f"-{closed.path}" in unit["InaccessiblePaths"] and unit["TasksMax"] == 50
+
+    play(test)
+
+
+def test_a_policy_that_cannot_be_enforced_means_not_started(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        stage.gateway.share = Share(user_namespaces=True)
+        stage.play_shim()
+        with pytest.raises(VarlinkError, match="NotStarted.*rung lsm or fmod_ret"):
+            await stage.start()
+        assert stage.gateway.runs == {} and stage.systemd.units == {}
+
+    play(test)
+
+
+def test_a_share_of_another_version_means_not_started(play: Play) -> None:
+    async def test(stage: Stage) -> None:
+        stage.gateway.raw_share = {**Share().as_json(), "new": True}
+        stage.play_shim()
+        with pytest.raises(VarlinkError, match="another version"):
+            await stage.start()
 
     play(test)
 
