@@ -55,6 +55,8 @@ def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
         b"null",
         b'{"a":NaN}',
         b'{"a":Infinity}',
+        b'{"a":1e999}',
+        b'{"a":[-1E+400]}',
         b'{"a":1,"a":2}',
         b'{"a":{"b":1,"b":1}}',
         b'{"a":"\\ud800"}',
