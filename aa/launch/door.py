@@ -104,7 +104,7 @@ class Shim:
         try:
             told = json.loads(data.partition(b"\0")[0])
             step, reason, code = str(told["failed"]), str(told["reason"]), int(told["code"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             step, reason, code = "shim", "it failed with words that nobody understands", 125
         raise ShimFailed(step, reason, code)
 
