@@ -11,12 +11,14 @@ import h11
 
 from aa.proxy.http1 import Exchange, check_head, outgoing_head
 from aa.proxy.sniff import Head, parse_head
+from tests.fuzz.mutate import words
 
 WORDS = (
     b"POST / HTTP/1.1\r\nHost: a.test\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 3\r\n",
     b"\r\n\r\n", b"3\r\nabc\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"3;a=b\r\n", b"ffffffffffffffff\r\n",
     b"\n", b"+3\r\n", b"0x3\r\n", b"Connection: x-a, keep-alive\r\n", b"Upgrade: h2c\r\n",
 )  # fmt: skip
+mutate = words(WORDS)
 LOOP = asyncio.new_event_loop()
 SECONDS = 5.0
 

@@ -8,6 +8,7 @@ from aa.policy.host import canonical_host
 from aa.proxy.http1 import check_head, outgoing_head, unwanted_upgrade
 from aa.proxy.sniff import Finding, Head, Hello, Malformed, Opaque, Sniffer
 from tests.unit.test_sniff import CORPUS, message, records, request
+from tests.fuzz.mutate import words
 
 WORDS = (
     b"GET / HTTP/1.1\r\n",
@@ -24,6 +25,7 @@ WORDS = (
     b"\xfe\x0d",
     b"xn--",
 )
+mutate = words(WORDS)
 
 
 def seeds() -> Iterator[bytes]:
