@@ -160,6 +160,7 @@ class Proxy:
         proxy = self._front.shared.limits
         return {
             "connect_seconds": proxy.connect_seconds,
+            "peek_seconds": proxy.peek_seconds,
             "decide_seconds": proxy.decide_seconds,
             "idle_seconds": proxy.idle_seconds,
             "max_waiting": proxy.max_waiting,

@@ -277,12 +277,13 @@ def certificates(directory: Path, names: tuple[str, ...], *, days: int = 1) -> t
             )
         return builder.sign(signer, hashes.SHA256())
 
+    authority = f"origin CA of {directory.name}"
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     pem = serialization.Encoding.PEM
     ca, leaf = directory / "ca.pem", directory / "leaf.pem"
-    ca.write_bytes(built("origin CA", "origin CA", ca_key, ca_key, ca=True).public_bytes(pem))
+    ca.write_bytes(built(authority, authority, ca_key, ca_key, ca=True).public_bytes(pem))
     leaf.write_bytes(
-        built(names[0], "origin CA", key, ca_key, ca=False).public_bytes(pem)
+        built(names[0], authority, key, ca_key, ca=False).public_bytes(pem)
         + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return ca, leaf

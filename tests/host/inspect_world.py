@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 import subprocess
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import wsproto
 import wsproto.events
 
 from aa.model import Decision, Obligation
-from tests.host.front_world import Peer, World, certificates, decision
+from tests.host.front_world import RUN, Peer, World, certificates, decision
 from tests.host.redirect_lab import REPOSITORY, wait_for
 
 ENGINE = REPOSITORY / "build" / "inspect" / "py311"
@@ -102,7 +103,7 @@ class Origin(Peer):
             else:
                 while await self._one(reader, writer):
                     pass
-        except (OSError, EOFError, asyncio.LimitOverrunError, ssl.SSLError) as e:
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as e:
             self.seen.append(("ended", type(e).__name__))
         finally:
             writer.close()
@@ -339,6 +340,26 @@ class InspectingWorld(World):
     def curl(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
         """A client that trusts our authority and not the origins' own."""
         return super().curl("--cacert", str(self.root), *arguments, **how)
+
+    def start_curl(self, *arguments: str) -> subprocess.Popen[str]:
+        options = ["--silent", "--show-error", "--max-time", "20", "--cacert", str(self.root)]
+        return self.lab.start_governed(RUN, "curl", *options, *arguments, stderr=subprocess.PIPE)
+
+    def worker_port(self) -> int:
+        """The loopback port of the one worker, from the kernel's table."""
+        (pid,) = self.started_workers()
+        mine = {os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()}
+        for line in Path(f"/proc/{pid}/net/tcp").read_text().split("\n")[1:]:
+            words = line.split()
+            if words and words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+                return int(words[1].partition(":")[2], 16)
+        raise AssertionError("the worker does not listen")
+
+    def as_user(self, uid: int, script: str, *arguments: str) -> str:
+        """A program of the host's, outside every run."""
+        user = ["setpriv", f"--reuid={uid}", "--clear-groups"]
+        done = self.lab.run(*user, "/usr/bin/python3", "-c", script, *arguments)
+        return str(done.stdout)
 
     def asked(self, kind: str = "http.request") -> list[dict[str, Any]]:
         return [

@@ -29,7 +29,7 @@ from wsproto.events import CloseConnection as WebSocketClose
 from wsproto.events import Message as WebSocketMessage
 
 from aa.model import Decision, deny
-from aa.proxy.denial import Refusal, http_fields, tls_alert
+from aa.proxy.denial import Refusal, http_answer, http_fields, tls_alert
 from aa.proxy.dial import UpstreamFailed, dial
 from aa.proxy.inspect.session import Session
 from aa.proxy.inspect.tls import Tls
@@ -48,9 +48,6 @@ MESSAGE_LIMIT = 16 << 20
 """Bytes of one WebSocket message."""
 UPSTREAMS_PER_CLIENT = 32
 """Connections to the origin for one client connection at a time; further requests wait."""
-HEAD_SECONDS = 30.0
-"""How long a request's head may take from its first byte."""
-CLIENT_TLS_SECONDS = 15.0
 
 MODE = mode_specs.ProxyMode.parse("socks5")
 REFUSAL, SHOWN, LIMIT = "aa.refusal", "aa.shown", "aa.limit"
@@ -66,6 +63,9 @@ class Limits:
     """What of the configuration reaches the engine."""
 
     connect_seconds: float = 10.0
+    """Also of a TLS handshake with the origin."""
+    peek_seconds: float = 5.0
+    """Of a client's TLS handshake, and of a head from its first byte."""
     idle_seconds: float = 900.0
 
 
@@ -80,6 +80,8 @@ class State:
     http2: list[Any] = field(default_factory=list)
     """Its HTTP/2 ends, which hold what a peer's window does not take yet."""
     tls: dict[Any, Tls] = field(default_factory=dict)
+    ended: str = ""
+    """Why it ended, where that was not the peers' wish."""
     broken: bool = False
     """An answer was cut short: the client must not take the end for a proper one."""
     refuse: Callable[..., None] = lambda decision, shown: None
@@ -151,8 +153,6 @@ class Connection(server.LiveConnectionHandler):
         self.transports[self.client].reader = _Gate(reader, self, client=True)
         self.layer = modes.Socks5Proxy(self.layer.context)
         self.timeout_watchdog.timeout = limits.idle_seconds
-        self.ended = ""
-        """Why it ended, where that was not the peers' wish."""
         self.dead = False
         self.upstream = ""
         self.requests = 0
@@ -167,6 +167,14 @@ class Connection(server.LiveConnectionHandler):
         self._upstreams = asyncio.Semaphore(UPSTREAMS_PER_CLIENT)
         self._timers: dict[Any, asyncio.TimerHandle] = {}
         self._late: dict[Any, str] = {}
+
+    @property
+    def ended(self) -> str:
+        return self.state.ended
+
+    def end_with(self, why: str) -> None:
+        """The first reason is the one that is told."""
+        self.state.ended = self.state.ended or why
 
     @property
     def session(self) -> Session:
@@ -189,7 +197,7 @@ class Connection(server.LiveConnectionHandler):
 
     def abort(self, why: str) -> None:
         """Ends it at once: nothing that waits goes on, and the client sees a reset."""
-        self.ended = self.ended or why
+        self.end_with(why)
         self.state.broken = True
         self.dead = True
         for transport in self.transports.values():
@@ -203,7 +211,7 @@ class Connection(server.LiveConnectionHandler):
         """Tells a client that has no TLS yet, and ends it."""
         refusal = Refusal(decision, "net.connect", self.session.target)
         self._writer.write(tls_alert(refusal))
-        self.ended = self.ended or decision.reason
+        self.end_with(decision.reason)
         self.dead = True
         self.close_connection(self.client)
 
@@ -222,7 +230,7 @@ class Connection(server.LiveConnectionHandler):
             super().close_connection(conn, half_close)
 
     async def on_timeout(self) -> None:
-        self.ended = self.ended or "idle"
+        self.end_with("idle")
         self.state.broken = True
         await super().on_timeout()
 
@@ -342,7 +350,7 @@ class Connection(server.LiveConnectionHandler):
         self._settled()
 
     def await_client_tls(self) -> None:
-        self._deadline(self.client, CLIENT_TLS_SECONDS, "TLS")
+        self._deadline(self.client, self.state.limits.peek_seconds, "TLS")
 
     def in_time(self, conn: Any) -> None:
         timer = self._timers.pop(conn, None)
@@ -579,7 +587,7 @@ class Http1Server(_Bounded, _http1.Http1Server):
     def _handle_event(self, event: Any) -> Iterator[Any]:
         if isinstance(event, events.Wakeup):
             if self.state == self.read_headers and self.buf and self._late():
-                yield from self._malformed(f"its head is not whole after {HEAD_SECONDS:g} s")
+                yield from self._malformed(f"its head is not whole after {self._patience:g} s")
             return
         yield from super()._handle_event(event)
         if isinstance(event, events.DataReceived):
@@ -589,12 +597,17 @@ class Http1Server(_Bounded, _http1.Http1Server):
             elif self.state == self.read_headers and self.buf:
                 if not self._head_since:
                     self._head_since = time.monotonic()
-                    yield commands.RequestWakeup(HEAD_SECONDS + 0.1)
+                    yield commands.RequestWakeup(self._patience)
             else:
                 self._head_since = 0.0
 
+    @property
+    def _patience(self) -> float:
+        return float(self.context.options.limits.peek_seconds)
+
     def _late(self) -> bool:
-        return bool(self._head_since) and time.monotonic() - self._head_since >= HEAD_SECONDS
+        waited = time.monotonic() - self._head_since
+        return bool(self._head_since) and waited >= self._patience - 0.01
 
     def read_headers(self, event: Any) -> Iterator[Any]:
         told = super().read_headers(event)
@@ -607,26 +620,47 @@ class Http1Server(_Bounded, _http1.Http1Server):
             yield first
             yield from told
 
+    def read_body(self, event: Any) -> Iterator[Any]:
+        held = None  # of a body that cannot be read it closes first, and says so then
+        for command in super().read_body(event):
+            received = command.event if isinstance(command, http_layers.ReceiveHttp) else None
+            if isinstance(received, http_layers.RequestProtocolError):
+                self.context.options.ended = f"client: {received.message}"
+                if isinstance(event, events.DataReceived):
+                    yield from self._malformed(received.message)
+                    return
+                self.context.options.broken = True
+            if held is not None:
+                yield held
+                held = None
+            if isinstance(command, commands.CloseConnection):
+                held = command
+            else:
+                yield command
+        if held is not None:
+            yield held
+
     def _malformed(self, why: str) -> Iterator[Any]:
-        """Ends a connection whose bytes are no requests."""
+        """Ends a connection whose bytes are no requests, in words where there is room for them."""
+        options = self.context.options
+        options.ended = options.ended or f"client: {why}"
         if self.state in (self.wait, self.read_body):
-            self.context.options.broken = True
             yield http_layers.ReceiveHttp(
                 _error(http_layers.RequestProtocolError, self.stream_id, why)
             )
+        if self.response is not None:
+            options.broken = True
         else:
-            session = self.context.options.session
-            decision = deny(f"the request can be read in two ways: {why}", rule="<malformed-http>")
-            refusal = Refusal(decision, "http.request", session.target, session.run, 400)
-            fields, body = http_fields(refusal)
-            head = b"".join(b"%b: %b\r\n" % one for one in fields)
-            yield commands.SendData(
-                self.conn,
-                b"HTTP/1.1 400 Bad Request\r\n%bConnection: close\r\n\r\n%b" % (head, body),
-            )
+            yield commands.SendData(self.conn, self._bad_request(why))
         yield MalformedHeadHook((self.context, why))
         yield commands.CloseConnection(self.conn)
         self.state = self.done
+
+    def _bad_request(self, why: str) -> bytes:
+        session = self.context.options.session
+        decision = deny(f"the request can be read in two ways: {why}", rule="<malformed-http>")
+        refusal = Refusal(decision, "http.request", session.target, session.run, 400)
+        return http_answer(refusal)
 
 
 class Http1Client(_Bounded, _http1.Http1Client):

@@ -113,21 +113,30 @@ class Inspected:
         self._worker.close()
 
     async def _how(self) -> str:
+        """How it ended. A client that is gone is not waited for by its worker."""
+        gone = self._client_error()
+        if gone is not None:
+            reset(self._worker)
+            self._worker.close()
         try:
             async with asyncio.timeout(END_SECONDS):
                 self.end = await asyncio.shield(self._told)
         except TimeoutError:
             self.end = End("", "the inspection worker did not say how it ended", clean=False)
-        if not self.end.clean or self._down.error is not None:
+        if gone is not None or not self.end.clean:
             reset(self._client)
-            reset(self._worker)
-        if self._down.error is not None and self._down.failed is self._client:
-            return f"client: {self._down.error.strerror}"
+        if gone is not None and self.end.reason == "closed":
+            return f"client: {gone.strerror}"
         return self.end.reason
+
+    def _client_error(self) -> OSError | None:
+        for way in (self._up, self._down):
+            if way.error is not None and way.failed is self._client:
+                return way.error
+        return None
 
     def _up_ended(self, way: Way) -> None:
         if way.error is not None and way.failed is self._client:
-            reset(self._worker)
             self._finish()
 
     def _down_ended(self, way: Way) -> None:

@@ -44,10 +44,16 @@ from aa.proxy.inspect.engine import (
     refuse_flow,
     tls_layers,
 )
-from aa.proxy.inspect.request import MALFORMED, Head, Request, judge, outgoing_fields
+from aa.proxy.inspect.request import (
+    MALFORMED,
+    Head,
+    Request,
+    judge,
+    looks_like_http,
+    outgoing_fields,
+)
 from aa.proxy.inspect.session import INSPECT, INSPECT_LIMIT, MAX_INSPECT_LIMIT, Session, Waiting
 from aa.proxy.inspect.tls import REFUSES_CERTIFICATE, Presented, Trusted
-from aa.proxy.sniff import METHOD_LIMIT
 from aa.sockdiag import SockDiag
 
 PINNED, NOT_HTTP, NO_LEAF = "<pinned>", "<not-http>", "<no-certificate>"
@@ -204,7 +210,6 @@ class Hooks:
         elif found is False:
             why = "what is inside the connection is not HTTP, so it cannot be inspected"
             conn.state.refuse(deny(why, rule=NOT_HTTP), "", Kind.NET_CONNECT)
-            conn.ended = why
             conn.abort(why)
 
     # -- TLS
@@ -243,7 +248,7 @@ class Hooks:
         alert = data.ssl_conn.alert if data.ssl_conn is not None else ""
         if alert not in REFUSES_CERTIFICATE:
             why = data.ssl_conn.failure if data.ssl_conn is not None else ""
-            conn.ended = conn.ended or f"client: {late or why or data.conn.error}"
+            conn.end_with(f"client: {late or why or data.conn.error}")
             return
         host = conn.session.name
         words = alert.partition("_ALERT_")[2].replace("_", " ").lower()
@@ -252,7 +257,7 @@ class Hooks:
             "trust the authority that `aasm ca show` names; if it pins its own, allow the host by a "
             "rule without methods, paths, headers and inspect, so that it passes uninspected"
         )
-        conn.ended = "client: refused our certificate"
+        conn.end_with("client: refused our certificate")
         conn.state.refuse(deny(why, rule=PINNED), "", Kind.NET_CONNECT)
 
     def tls_start_server(self, conn: Connection, data: Any) -> None:
@@ -484,13 +489,3 @@ def head_of(request: Any) -> Head:
         path=data.path,
         fields=tuple(data.headers.fields),
     )
-
-
-def looks_like_http(data: bytes) -> bool | None:
-    """Whether it begins with a method and a space; None while it may still."""
-    method, space, _ = data[: METHOD_LIMIT + 1].partition(b" ")
-    if method and not (method.isalpha() and method.isascii() and method.isupper()):
-        return False
-    if space:
-        return bool(method)
-    return None if len(data) <= METHOD_LIMIT else False

@@ -20,12 +20,12 @@ from typing import Any
 
 from aa.model import Kind, Layer, RecordType, Report
 from aa.paths import ENFORCE_SOCKET, INSPECT_DIR
-from aa.proxy.inspect import __main__ as program
 from aa.proxy.inspect.channel import Channel, ChannelClosed, channel_pair
 from aa.proxy.inspect.handover import Inspected, NotTaken, hand_over
 from aa.proxy.inspect.session import End, Session
 
 PYTHON = "/usr/bin/python3"
+PROGRAM = Path(__file__).with_name("__main__.py")
 START_SECONDS = 20.0
 """How long a new worker may take until it serves."""
 READY_SECONDS = 10.0
@@ -135,6 +135,8 @@ class Pool:
         engine: Path = INSPECT_DIR,
         python: str = PYTHON,
         settings: Callable[[], dict[str, Any]] = dict,
+        program: Path = PROGRAM,
+        silent_seconds: float = SILENT_SECONDS,
     ) -> None:
         self._count = count
         self._report = report
@@ -143,10 +145,15 @@ class Pool:
         self._python = python
         self._settings = settings
         """What a new worker gets of the configuration."""
+        self._program = program
+        self._silent_seconds = silent_seconds
         self._workers: list[Worker] = []
         self._changed = asyncio.Event()
         self._stopping = False
+        self._ended = ""
+        """How the last worker ended."""
         self._problem = ""
+        """The same, if it had not served."""
         self.restarts = 0
         self.on_port: Callable[[int], None] = lambda port: None
         """Called with each port that a worker listens on."""
@@ -243,16 +250,16 @@ class Pool:
                 await self._live()
             except Exception as e:  # the front goes on without inspection
                 log.exception("an inspection worker")
-                self._problem = f"it cannot be started: {e}"
+                self._ended = self._problem = f"it cannot be started: {e}"
             if self._stopping:
                 return
             self.restarts += 1
             failures = 0 if time.monotonic() - began > STEADY_SECONDS else failures + 1
             self._tell_end()
-            await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS)) - 1])
+            await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
 
     def _tell_end(self) -> None:
-        log.error("an inspection worker ended: %s", self._problem)
+        log.error("an inspection worker ended: %s", self._ended)
         self._report(
             Report(
                 type=RecordType.LIFECYCLE,
@@ -260,7 +267,7 @@ class Pool:
                 kind=Kind.GUARD,
                 target="inspect",
                 time=time.time_ns(),
-                reason=f"an inspection worker ended ({self._problem}); another one is started",
+                reason=f"an inspection worker ended ({self._ended}); another one is started",
             )
         )
 
@@ -276,7 +283,8 @@ class Pool:
             code = await ended
             worker.bury()
             self._workers.remove(worker)
-            self._problem = worker.problem or _ended(code)
+            self._ended = worker.problem or _ended(code)
+            self._problem = "" if worker.ready.is_set() else self._ended
             self._changed.set()
 
     async def _serve(self, worker: Worker, ended: asyncio.Future[int]) -> None:
@@ -292,7 +300,7 @@ class Pool:
         while not ended.done():
             await asyncio.wait((ended,), timeout=LOOK_SECONDS)
             silent = asyncio.get_running_loop().time() - worker.heard
-            if silent > SILENT_SECONDS:
+            if silent > self._silent_seconds:
                 worker.problem = f"it was stuck for {silent:.0f} s"
                 return
 
@@ -304,7 +312,7 @@ class Pool:
                 self._python,
                 "-I",
                 "-B",
-                str(Path(program.__file__)),
+                str(self._program),
                 str(self._engine),
                 str(theirs.fileno()),
                 json.dumps(settings),

@@ -62,6 +62,16 @@ class Request:
     upgrade: bool = False
 
 
+def looks_like_http(data: bytes) -> bool | None:
+    """Whether it begins with a method and a space; None while it may still."""
+    method, space, _ = data[: METHOD_LIMIT + 1].partition(b" ")
+    if method and not (method.isalpha() and method.isascii() and method.isupper()):
+        return False
+    if space:
+        return bool(method)
+    return None if len(data) <= METHOD_LIMIT else False
+
+
 def judge(head: Head, session: Session) -> Request | Decision:
     """The request as an action, or why it is refused without asking."""
     wrong = _malformed(head) or _other_name(head, session)
@@ -144,7 +154,7 @@ def _other_name(head: Head, session: Session) -> Decision | None:
 
 
 def _wrong_name(what: str, name: bytes, session: Session) -> Decision | None:
-    matched = _AUTHORITY.fullmatch(_text(name))
+    matched = _AUTHORITY.fullmatch(_text(name)) if name.isascii() else None
     try:
         if matched is None:
             raise InvalidHost("it is no host")

@@ -51,7 +51,9 @@ class Worker:
         self._live: set[asyncio.Task[None]] = set()
         enforce = Path(settings["enforce"])
         self._limits = engine.Limits(
-            float(settings["connect_seconds"]), float(settings["idle_seconds"])
+            float(settings["connect_seconds"]),
+            float(settings["peek_seconds"]),
+            float(settings["idle_seconds"]),
         )
         self._gateway = Gateway(
             socket=enforce,
@@ -62,7 +64,7 @@ class Worker:
         self._refusals = Refusals(self._reporter.report)
         self._waiting = Waiting(self._loop.time)
         self._issuer = LeafIssuer(Path(settings["ca_dir"]))
-        self._trusted = tls.Trusted()
+        self._trusted = tls.Trusted(Path(settings.get("trust_store", tls.TRUST_STORE)))
         self._hooks = hooks.Hooks(
             gateway=self._gateway,
             refusals=self._refusals,
