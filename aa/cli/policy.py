@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -128,7 +129,26 @@ def _action(kind: str, target: str, attributes: str, port: int | None) -> Action
         given["host"] = host.removeprefix("[").removesuffix("]")
         given["port"] = int(number)
         target = f"{host}:{number}"
+    if kind == Kind.HTTP_REQUEST.value:
+        target = _request(target, given)
     return Action(Kind(kind), target, given)
+
+
+def _request(target: str, given: dict[str, Any]) -> str:
+    """Takes a URL apart, as far as the attributes do not say it themselves."""
+    url = urlsplit(target if "://" in target else f"https://{target}")
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as e:
+        raise Failure(f"{target}: {e}", hint="https://HOST/PATH", code=2) from e
+    host = url.netloc.rpartition("@")[2].removesuffix(f":{url.port}")
+    given.setdefault("host", host.removeprefix("[").removesuffix("]"))
+    given.setdefault("port", port)
+    given.setdefault("protocol", "http" if url.scheme == "http" else "tls")
+    given.setdefault("method", "GET")
+    given.setdefault("path", url.path or "/")
+    given.setdefault("headers", {})
+    return f"{host}:{port}"
 
 
 @policy.command(
@@ -136,11 +156,13 @@ def _action(kind: str, target: str, attributes: str, port: int | None) -> Action
 Examples:
   aasm policy explain net.connect github.com:443 --agent claude-code
   aasm policy explain net.connect example.org --run k3v9x2mq
+  aasm policy explain http.request https://api.example/v1/messages --attributes '{"method": "POST"}'
   aasm policy explain tool.call transfer_money --attributes '{"args": {"amount": 5000}}'
   aasm policy explain --files ./my-policy.d net.connect github.com:443     without the gateway
 
-KIND is net.connect (TARGET host:port), dns.query (name), tool.call (the tool), http.request,
-exec, file.open, file.unlink, file.rename, mcp.call or llm.request.
+KIND is net.connect (TARGET host:port), http.request (a URL), dns.query (name), tool.call (the
+tool), exec, file.open, file.unlink and file.rename (paths), mcp.call (server/tool), llm.request
+(provider/model) or net.accept (address:port). docs/policy.md lists their attributes.
 
 Exits with 0 when the answer is allow, 1 when it is not."""
 )
@@ -188,6 +210,9 @@ def explain(
         console().print(
             cell(decision["effect"]), "by", cell(decision["rule"]), cell(f": {decision['reason']}")
         )
+        for owed in decision["obligations"]:
+            told_of = json.dumps(owed["parameters"], ensure_ascii=False)
+            console().print("provided that:", cell(owed["name"]), cell(told_of))
         print_table(
             ("rule", "effect", "matches", "why"),
             [

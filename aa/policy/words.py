@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,10 +16,12 @@ from aa.policy.questions import (
     llm_question,
     mcp_question,
     network_questions,
+    request_of,
 )
 from aa.policy.rules import PolicyFile, Rule
 from aa.policy.weigh import Verdict
 
+METHOD = re.compile(r"[A-Z][A-Z0-9_-]{0,31}")
 SHOWN_TARGET = 200
 """Characters of a target that a reason repeats."""
 
@@ -82,7 +86,16 @@ def reason(verdict: Verdict, action: Action, files: Sequence[PolicyFile]) -> str
 
 
 def _ask_why(action: Action) -> str:
-    return f"aasm policy explain {action.kind.value} {shlex.quote(shown(action.target))}"
+    """The command that explains it."""
+    target, more = action.target, ""
+    if action.kind is Kind.HTTP_REQUEST:
+        a = action.attributes
+        path, method = a.get("path"), a.get("method")
+        scheme = "http" if a.get("protocol") == "http" else "https"
+        target = f"{scheme}://{target}{path if isinstance(path, str) else ''}"
+        if isinstance(method, str) and method != "GET":
+            more = f" --attributes {shlex.quote(json.dumps({'method': shown(method)}))}"
+    return f"aasm policy explain {action.kind.value} {shlex.quote(shown(target))}{more}"
 
 
 def _guard_reason(target: str, guarded: Place, action: Action) -> str:
@@ -113,7 +126,20 @@ def _network_matcher(verdict: Verdict, action: Action) -> str:
         what.append(f"ports = [{q.port}]")
     if q.protocol == "opaque" and q.host:
         what.append('protocol = "opaque"')
+    if action.kind is Kind.HTTP_REQUEST:
+        what += _content(action)
     return f"network = {{ {', '.join(what)} }}"
+
+
+def _content(action: Action) -> list[str]:
+    """Method and path, as far as a rule can say them."""
+    request, _ = request_of(action)
+    found = []
+    if request.method and METHOD.fullmatch(request.method):
+        found.append(f'methods = ["{request.method}"]')
+    if request.path and "*" not in request.path and shown(request.path) == request.path:
+        found.append(f"paths = [{_quoted(request.path)}]")
+    return found
 
 
 def _dns_matcher(_verdict: Verdict, action: Action) -> str:

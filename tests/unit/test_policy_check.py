@@ -321,6 +321,17 @@ def connect(host: str, port: int = 443, **attributes: object) -> Action:
     return Action(Kind.NET_CONNECT, f"{host}:{port}", {"host": host, "port": port, **attributes})
 
 
+def request(host: str, **attributes: object) -> Action:
+    return Action(Kind.HTTP_REQUEST, f"{host}:443", {"protocol": "tls", **attributes})
+
+
+def test_a_denied_request_is_explained_by_its_url_and_method() -> None:
+    text = reason(loads({"p": policy(ALLOW_A)}), request("b.example", method="POST", path="/v1/x"))
+    assert 'hosts = ["b.example"], methods = ["POST"], paths = ["/v1/x"]' in text
+    told = "aasm policy explain http.request https://b.example:443/v1/x --attributes "
+    assert told + """'{"method": "POST"}' tells more""" in text
+
+
 def test_a_denial_by_default_gives_the_rule_that_would_allow_it() -> None:
     p = loads({"p": policy(ALLOW_A)})
     text = reason(p, connect("b.example", 8443))
@@ -338,12 +349,24 @@ def test_the_rule_that_a_denial_gives_does_allow_it() -> None:
         Action(Kind.NET_CONNECT, "1.1.1.1:22", {"port": 22, "addresses": ["1.1.1.1"]}),
         Action(Kind.DNS_QUERY, "b.example"),
         Action(Kind.TOOL_CALL, "read"),
+        Action(Kind.TOOL_CALL, 'odd "name" \\ *'),
+        Action(Kind.EXEC, "/opt/x y"),
+        Action(Kind.FILE_OPEN, "/srv/hosts", {"access": "read"}),
+        Action(Kind.MCP_CALL, "server/tool"),
+        Action(Kind.MCP_CALL, "server/", {"method": "resources/read"}),
+        Action(Kind.LLM_REQUEST, "provider/model/x"),
+        Action(Kind.NET_ACCEPT, "[fd00::1]:80"),
+        request("b.example", method="POST", path="/v1/a b", headers={}),
+        request("a.example", method="POST", path="/v1/x", headers={}),
+        request("b.example", method="odd method", path="/%2f"),
     ]
-    p = loads({"p": policy(ALLOW_A)})
+    head = 'default = { exec = "deny", file = "deny", llm = "deny" }'
+    only_get = ALLOW_A.replace('"a.example"]', '"a.example"], methods = ["GET"]')
+    p = loads({"p": policy(only_get, head=head)})
     for action in refused:
         told = reason(p, action)
         matcher = told.split('effect = "allow" and ')[1].split(" would; ")[0]
-        more = loads({"p": policy(ALLOW_A, rule("more", "allow", matcher))})
+        more = loads({"p": policy(only_get, rule("more", "allow", matcher), head=head)})
         assert not p.decide(RUN, action, now=0).permits
         assert more.decide(RUN, action, now=0).permits, told
 
