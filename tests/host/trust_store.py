@@ -36,6 +36,8 @@ class Machine:
             mount -t overlay none -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
             cd /mnt/root
             rm -rf usr/lib/python3/dist-packages/aa usr/local/share/ca-certificates/*
+            # start-up hooks of this machine's own, which may write to the trust store
+            rm -f usr/lib/python3/dist-packages/_*.pth usr/local/lib/python3*/dist-packages/*.pth
             cp -r {REPOSITORY}/aa usr/lib/python3/dist-packages/aa
             mount --rbind /proc proc
             mount -t tmpfs none dev

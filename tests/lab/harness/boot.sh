@@ -72,6 +72,10 @@ sed -i 's/^hosts:.*/hosts: files dns/' "$root"/etc/nsswitch.conf
 # The machine's own settings for its proxies, certificates, services and Python must not reach the container.
 rm -rf "$root"/etc/environment "$root"/etc/pip.conf "$root"/etc/gitconfig "$root"/var/log/journal \
     "$root"/usr/sbin/policy-rc.d "$root"/usr/local/share/ca-certificates "$root"/etc/apt/apt.conf.d/*proxy*
+# What no package brought there and every interpreter would run: it may write to the trust store.
+for hook in "$root"/usr/lib/python3/dist-packages/*.pth "$root"/usr/local/lib/python3*/dist-packages/*.pth; do
+    [ ! -e "$hook" ] || dpkg-query --search "${hook#"$root"}" > /dev/null 2>&1 || rm -f "$hook"
+done
 install -d -m 2755 -g systemd-journal "$root"/var/log/journal
 
 groupadd --prefix "$root" --system --force docker
