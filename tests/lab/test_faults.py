@@ -228,8 +228,10 @@ def test_a_flushed_firewall_is_repaired_within_two_seconds(box: Container, comma
         flush(box, command, wanted, within=2.0)
     finally:
         box.raw(["sh", "-c", "iptables -D OUTPUT -j ACCEPT; ip6tables -D OUTPUT -j ACCEPT"])
-    alerts = [r for r in records(box, type="alert", kind="guard") if r["seq"] > before]
-    assert alerts
+    eventually(
+        lambda: [r for r in records(box, type="alert", kind="guard") if r["seq"] > before],
+        what="the repair is told of in an alert",
+    )
 
 
 @pytest.mark.parametrize("command", FLUSHES)
