@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
-from aa.cli.errors import connected, control
+from aa.cli import timeline
+from aa.cli.errors import Failure, connected, control
 from aa.cli.output import ago, json_option, print_json, print_table
+from aa.model import Kind
 from aa.paths import LAUNCH_SOCKET
 
 
@@ -74,12 +76,44 @@ def end_of(run: dict[str, Any]) -> str:
     epilog="""\b
 Examples:
   aasm runs show k3v9x2mq
+  aasm runs show k3v9x2mq --timeline
+  aasm runs show k3v9x2mq --timeline --kind file.open --kind file.unlink
   aasm runs show k3v9x2mq --json"""
 )
 @click.argument("run")
+@click.option(
+    "--timeline",
+    "with_timeline",
+    is_flag=True,
+    help="Show all that it did, in order: exec, files, connections, requests, plaintext.",
+)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice([k.value for k in Kind]),
+    metavar="KIND",
+    help="Of the timeline only this kind, for example http.request; may be given again.",
+)
+@click.option(
+    "-n",
+    "--lines",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1, 10_000),
+    help="How many records of the timeline at most, the newest.",
+)
 @json_option
-def show(run: str, as_json: bool) -> None:
-    """Show one run and what it was refused."""
+def show(run: str, with_timeline: bool, kinds: tuple[str, ...], lines: int, as_json: bool) -> None:
+    """Show one run and what it was refused, or did.
+
+    The timeline is in the audit log for as long as that is kept, also of runs that ended long ago.
+    """
+    if with_timeline:
+        timeline.show(run, kinds, lines, as_json=as_json)
+        return
+    if kinds:
+        raise Failure("--kind chooses from the timeline", hint="add --timeline")
     with control() as client:
         told = client.call("io.agentassembly.Control.GetRun", {"run": run})
     if as_json:

@@ -31,6 +31,7 @@ from aa.gateway.approvals import (
 )
 from aa.gateway.budget import Budgets
 from aa.gateway.counters import Counters
+from aa.gateway.explained import Explained
 from aa.gateway.limits import Limits
 from aa.gateway.runs import Halt, RunRegistry
 from aa.gateway.source import PolicySource
@@ -56,8 +57,8 @@ from aa.tomlfile import InvalidFile, Problem
 DENIALS_KEPT = 50
 """Recent denials of a run that `aasm why` can show."""
 SAME_DENIAL = ("layer", "kind", "target", "rule", "reason")
-DENIALS_READ = 20_000
-"""Records read back at start to fill them again."""
+RECORDS_READ = 20_000
+"""Records read back at start, to know again what runs that live on were denied and allowed."""
 REGISTERED_SECONDS = 60.0
 """How long a run may stay without a cgroup before it is given up."""
 GONE_SECONDS = 15.0
@@ -147,11 +148,12 @@ class Gateway:
         self._denials: dict[str, deque[Record]] = {}
         self.budgets = Budgets(self._budget)
         self.limits = limits or Limits(Counters(Path(":memory:")), prices.load)
+        self.explained = Explained()
         self._watchers: set[Callable[[Run], None]] = set()
         self._missing: dict[str, float] = {}
         """Since when a run's cgroup is gone, on the monotonic clock."""
         self.on_status: Callable[[], None] = lambda: None
-        self._recall_denials()
+        self._recall()
         self.approvals = approvals or Approvals(Path(":memory:"))
         self.approvals.watch(self._approval_changed)
         self.approvals.withdraw_all_but(lambda run: self.run_for(run) is not None)
@@ -271,6 +273,8 @@ class Gateway:
         if decision.effect is Effect.DENY:
             self.denied += 1
             self._remember_denial(record)
+        if decision.permits:
+            self.explained.decided(subject.run, action, now=time.time())
         return decision
 
     def run_for(self, run_id: str) -> Run | None:
@@ -493,7 +497,18 @@ class Gateway:
                 )
             )
         for report in reports:
-            self.write_report(self._counted(report))
+            self.write_report(self._judged(self._counted(report)))
+
+    def _judged(self, report: Report) -> Report:
+        """What was seen inside TLS is compared with what was decided; an alert comes before its record."""
+        run = self.registry.get(report.run) if report.kind is Kind.HTTP_REQUEST else None
+        if run is None:
+            return report
+        judged, alert = self.explained.judge(run, report)
+        if alert:
+            about = {k: report.attributes.get(k) for k in ("pid", "comm", "host", "peer", "method")}
+            self.write_event(report.kind, report.target, alert, run=run.id, alert=True, **about)
+        return judged
 
     def _counted(self, report: Report) -> Report:
         """What a component saw a run use goes to the run's limits first."""
@@ -524,18 +539,23 @@ class Gateway:
                 break
         kept.append(record)
 
-    def _recall_denials(self) -> None:
-        """After a restart `aasm why` still answers for runs that live on."""
+    def _recall(self) -> None:
+        """After a restart `aasm why` still answers for runs that live on, and what they were allowed is known."""
         if not len(self.registry):
             return
         found: list[Record] = []
+        complete = True
         for n, record in enumerate(read_backwards(Path(self.config.audit.file))):
-            if n >= DENIALS_READ:
+            if n >= RECORDS_READ:
+                complete = False
                 break
-            if record.get("decision") == Effect.DENY.value:
+            if self.registry.get_live(record.get("run", "")) is not None:
                 found.append(record)
-        for record in reversed(found):
-            self._remember_denial(record)
+        found.reverse()
+        for record in found:
+            if record.get("decision") == Effect.DENY.value:
+                self._remember_denial(record)
+        self.explained.recall(found, complete=complete, now=time.time())
 
     # -- the life of a run
 

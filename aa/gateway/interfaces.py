@@ -15,6 +15,7 @@ from typing import Any
 from aa import __version__
 from aa.audit.file import read_backwards
 from aa.audit.log import AuditUnavailable, matches, newest
+from aa.audit.story import story
 from aa.audit.record import Record
 from aa.gateway.approvals import (
     Approval,
@@ -454,6 +455,27 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             unwatch()
             followers.discard(token)
 
+    async def timeline(call: Call) -> AsyncIterator[Reply]:
+        p = call.parameters
+        run = gateway.registry.get(p["run"])
+        token = _follow(followers)  # a search is no smaller thing than to follow
+        try:
+            # A thread: a large log is nothing that decisions wait for.
+            found = await asyncio.to_thread(
+                story,
+                Path(gateway.config.audit.file),
+                p["run"],
+                started=run.started if run else 0.0,
+                kinds=frozenset(p["kinds"]),
+                limit=min(max(1, p["limit"]), MAX_LINES),
+            )
+            if run is None and not found.records:
+                raise RunUnknown(f"no run {p['run']}")
+            for start in range(0, max(1, len(found.records)), 200):
+                yield {"records": found.records[start : start + 200], "cut": found.cut}
+        finally:
+            followers.discard(token)
+
     async def tail(call: Call) -> AsyncIterator[Reply]:
         p = call.parameters
         fields: dict[str, str] = p["fields"]
@@ -491,6 +513,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "Approve": lambda call: answer(call, True),
             "Deny": lambda call: answer(call, False),
             "WatchApprovals": watch_approvals,
+            "GetTimeline": timeline,
             "TailAudit": tail,
         },
     )
