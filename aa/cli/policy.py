@@ -35,32 +35,61 @@ Examples:
   aasm policy check ./my-policy.d
   aasm policy check --json
 
+After errors and advice it lists every rule, default of files and programs, and sandbox key with what
+enforces it on this host: the proxy, the gateway, the unit of a run (its mounts and limits), Landlock; or
+what only detects it, and what nothing does. Rules of the network bind agents with the layer `proxy`.
+
 Exits with 1 when a file is not fit to be used; findings that are only advice do not count."""
 )
 @click.argument("directory", type=click.Path(path_type=Path), default=POLICY_DIR)
 @json_option
 def check(directory: Path, as_json: bool) -> None:
     """Check policy files without using them."""
+    from aa.cli.host import this_host
     from aa.policy import load
+    from aa.policy.enforcement import report
     from aa.tomlfile import InvalidFile
 
     problems: list[dict[str, Any]] = []
     findings: list[dict[str, Any]] = []
+    enforced: list[dict[str, Any]] = []
+    host = this_host()
     revision = ""
     try:
         found = load(directory)
         revision = found.revision
         findings = [f.as_json() for f in found.check()]
+        enforced = [e.as_json() for e in report(found.files, host)]
     except InvalidFile as e:
         problems = [p.as_json() for p in e.problems]
     except OSError as e:
         raise Failure(str(e), hint="name a readable directory of *.toml files") from e
     if as_json:
-        print_json({"revision": revision, "problems": problems, "findings": findings})
+        print_json(
+            {
+                "revision": revision,
+                "problems": problems,
+                "findings": findings,
+                "host": host.as_json(),
+                "enforcement": enforced,
+            }
+        )
     else:
+        _print_enforcement(enforced)
         _print_check(revision, problems, findings)
     if problems or any(f["severity"] == "error" for f in findings):
         click.get_current_context().exit(1)
+
+
+def _print_enforcement(enforced: list[dict[str, Any]]) -> None:
+    rows = [
+        (e["key"] if n == 0 else "", e["effect"] if n == 0 else "", w["mechanism"], w["words"])
+        for e in enforced
+        for n, w in enumerate(e["ways"])
+    ]
+    print_table(("what", "effect", "enforced by", "how"), rows)
+    if rows:
+        console().print()
 
 
 def _print_check(

@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 from aa import paths
 from aa.launch.sandbox import Check, Directory, Mounts, Place, Proof, Sandbox, is_below
 from aa.policy.compile import CHANGE, Bits, Share
-from aa.policy.sandbox import PRIVATE
+from aa.policy.sandbox import ESSENTIAL, PRIVATE
 
 MAX_MOUNTS = 512
 """Paths that one run is kept from. A policy that names more cannot be enforced, and no run starts."""
 SHOWN = 3
 """Paths that one note names."""
 
-ESSENTIAL = ("/dev", "/etc/ld.so.cache", "/proc", "/usr/lib", str(paths.LIB_DIR))
-"""Besides the shim's interpreter: without these no program starts."""
 LIBRARIES = (
     "/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32",
     "/usr/local/lib",
@@ -156,7 +154,8 @@ def _closures(share: Share, view: View) -> tuple[_Closure, ...]:
 
 def _refuse_impossible(closures: Sequence[_Closure], box: Sandbox, interpreter: str) -> None:
     for c in closures:
-        needed = [path for path in (*ESSENTIAL, interpreter) if c.covers(path)]
+        shim = (interpreter, str(paths.LIB_DIR))
+        needed = [path for path in (*ESSENTIAL, *shim) if c.covers(path)]
         if c.bits & Bits.READ and needed:
             raise Unenforceable(f"{c.by} closes {c.path}, without which nothing starts")
         if c.bits & Bits.EXEC and c.covers(interpreter) and c.path != interpreter:

@@ -63,6 +63,11 @@ class PathRule:
     rule: str
 
     @property
+    def pattern(self) -> str:
+        """As a rule has it."""
+        return "/".join((self.prefix.rstrip("/"), self.rest)) if self.rest else self.prefix
+
+    @property
     def shape(self) -> Shape:
         if not self.rest:
             return Shape.PATH

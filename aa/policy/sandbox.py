@@ -26,6 +26,9 @@ NEEDED = (
 )  # fmt: skip
 """What `file = "deny"` lets a run read all the same: without it no program starts."""
 
+ESSENTIAL = ("/dev", "/etc/ld.so.cache", "/proc", "/usr/lib")
+"""What no policy can close to a run: without it no program starts."""
+
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"([1-9][0-9]{0,8})([KMGT])")
 MEMORY_LEAST = 16 << 20

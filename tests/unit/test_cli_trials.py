@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from aa.audit.record import Record
 from aa.cli import records, trials
 from aa.cli.main import root
+from aa.model import Rung
 from aa.policy import load, loads
 from tests.unit.policy_log import connect, decided, started, tool, written
 from tests.unit.test_policy_learn import OBSERVE
@@ -230,3 +231,23 @@ def test_who_cannot_read_the_log_asks_the_gateway(
     assert done.stderr == "2 rules allow 3 of 3 acts\n"
     monkeypatch.setattr(records, "FROM_GATEWAY", 3)
     assert "only the newest" in aasm("policy", "learn", "--run", "k3v9x2mq").stderr
+
+
+# -- check
+
+
+def test_check_says_for_every_rule_what_enforces_it_here(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = '[[rule]]\nid = "su"\neffect = "deny"\nexec = { paths = ["/usr/bin/su", "/opt/*/su"] }\n'
+    (here / "old/p.toml").write_text(OLD + more)
+    monkeypatch.setattr("aa.cli.host._rung", lambda: Rung.CGROUP)
+    done = aasm("policy", "check", here / "old")
+    assert done.exit_code == 0
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert ["coding/forge", "allow", "proxy"] in [line[:3] for line in lines]
+    assert ["coding/su", "deny", "unit"] in [line[:3] for line in lines]
+    assert "detect only" in done.stdout and "rung cgroup" in done.stdout
+    told = json.loads(aasm("policy", "check", here / "old", "--json").stdout)
+    assert told["host"]["rung"] == "cgroup"
+    assert {e["key"] for e in told["enforcement"]} >= {"coding/forge", "coding/search", "coding/su"}
