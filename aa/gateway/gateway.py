@@ -19,7 +19,7 @@ from aa.audit.file import read_backwards
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.audit.record import NOBODY, Record, Subject, timestamp
 from aa.config import Config
-from aa.gateway import prices
+from aa import prices
 from aa.gateway.approvals import (
     Approval,
     Approvals,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aa.gateway.counters import Counters
-from aa.gateway.prices import Prices, Usage
+from aa.prices import Prices, Usage
 from aa.model import Action, Decision, Effect, Kind, Layer, Mode, RecordType, Report, Run
 from aa.policy.limits import SECTION, WINDOW_SECONDS, Limit, Measure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import ssl
 import subprocess
@@ -42,6 +43,16 @@ def engine() -> Path:
         )
     return ENGINE
 
+
+PRICES = """
+[[provider]]
+id = "maker"
+hosts = ["allowed.test"]
+[[provider.model]]
+match = "*"
+input = 1.0
+output = 2.0
+"""
 
 Judge = Callable[[Mapping[str, Any]], Decision]
 
@@ -137,7 +148,7 @@ class Origin(Peer):
         self.seen.append(("body", body[:1000]))
         self.seen.append(("size", size))
         method, path = lines[0].split()[:2]
-        await self._answer(method, path, writer)
+        await self._answer(method, path, body, writer)
         return fields.get("connection", "").lower() != "close" and not path.startswith("/until-end")
 
     async def _body(self, reader: asyncio.StreamReader, size: int) -> bytes:
@@ -152,7 +163,30 @@ class Origin(Peer):
             kept = kept if len(kept) > 1000 else kept + data
         return kept
 
-    async def _answer(self, method: str, path: str, writer: asyncio.StreamWriter) -> None:
+    async def _model(self, streams: bool, writer: asyncio.StreamWriter) -> None:
+        """A model's answer in Anthropic's shape, with what it used."""
+        usage = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 7}
+        if not streams:
+            text = json.dumps({"type": "message", "usage": {**usage, "output_tokens": 5}}).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+            writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(text), text))
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n")
+        writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
+        for event in (
+            {"type": "message_start", "message": {"usage": usage}},
+            {"type": "content_block_delta", "delta": {"text": "hello"}},
+            {"type": "message_delta", "usage": {"output_tokens": 42}},
+        ):
+            line = b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n"
+            for part in (line[:30], line[30:]):  # not at the ends of lines
+                writer.write(b"%x\r\n%b\r\n" % (len(part), part))
+                await writer.drain()
+        writer.write(b"0\r\n\r\n")
+
+    async def _answer(
+        self, method: str, path: str, body: bytes, writer: asyncio.StreamWriter
+    ) -> None:
         if path == "/events":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n")
             writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
@@ -162,6 +196,8 @@ class Origin(Peer):
                 await writer.drain()
                 await asyncio.sleep(0.4)
             writer.write(b"0\r\n\r\n")
+        elif path == "/v1/messages":
+            await self._model(b'"stream": true' in body, writer)
         elif path.startswith("/bytes/"):
             size = int(path.rpartition("/")[2])
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -281,6 +317,7 @@ class InspectingWorld(World):
         self.root = directory / "authority" / "root.pem"
 
     def prepare(self) -> None:
+        self.write("/etc/agent-assembly/prices.toml", PRICES)
         self._install_engine()
         self.overlay("/var/lib")
         self.renew_authority()

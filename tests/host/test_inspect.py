@@ -428,6 +428,88 @@ def test_an_encoded_body_cannot_be_judged(w: InspectingWorld) -> None:
     assert "403" in done.stdout and "encoded" in done.stdout and w.peer.seen == []
 
 
+# -- models
+
+
+def models(action: Mapping[str, Any]) -> Decision:
+    """Small models alone."""
+    if action["kind"] == "net.connect":
+        return inspect(llm=True)
+    return decision("deny" if action["attributes"].get("model") == "large" else "allow")
+
+
+def ask_model(w: InspectingWorld, *more: str, model: str = "small", **how: Any) -> Any:
+    body = json.dumps({"model": model, "messages": ["hello"], **how})
+    url = "https://allowed.test:8443/v1/messages"
+    return w.curl(*more, "-i", "--json", body, url)
+
+
+@VERSIONS
+def test_a_model_is_decided_by_its_name_before_the_request_leaves(
+    w: InspectingWorld, version: str
+) -> None:
+    w.gateway.rules["allowed.test"] = w.gateway.rules["maker/large"] = models
+    assert "200" in ask_model(w, version).stdout
+    assert len(w.peer.reached("http")) == 1
+    denied = ask_model(w, version, model="large").stdout
+    assert "403" in denied and "test/deny" in denied
+    assert len(w.peer.reached("http")) == 1
+    asked = w.asked("llm.request")
+    assert asked[0] == {"provider": "maker", "model": "small", "host": "allowed.test"}
+    assert "hello" not in json.dumps([w.gateway.asked, w.gateway.reports])
+
+
+@VERSIONS
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_model_request_used_is_told(w: InspectingWorld, version: str, stream: bool) -> None:
+    w.gateway.rules["allowed.test"] = models
+    done = ask_model(w, version, stream=stream)
+    assert "usage" in done.stdout, done
+    (told,) = w.told("llm.request")
+    assert told["target"] == "maker/small"
+    assert told["attributes"] == {
+        "provider": "maker",
+        "model": "small",
+        "input_tokens": 10,
+        "output_tokens": 42 if stream else 5,
+        "cache_read_tokens": 7,
+        "cache_write_tokens": 0,
+    }
+
+
+def test_an_answer_that_tells_no_usage_is_not_taken_for_none(w: InspectingWorld) -> None:
+    w.gateway.rules["allowed.test"] = models
+    w.curl("--json", '{"model": "small"}', "https://allowed.test:8443/elsewhere")
+    (told,) = w.told("llm.request")
+    assert told["attributes"]["output_tokens"] == "unknown"
+    assert "cannot be read" in told["reason"]
+
+
+def test_a_model_request_that_nobody_could_count_is_denied_with_what_to_do(
+    w: InspectingWorld,
+) -> None:
+    w.gateway.rules["allowed.test"] = models
+    body = json.dumps({"model": "small", "stream": True})
+    for path, words in (
+        ("/v1/chat/completions", "include_usage"),
+        ("/v1/messages/batches", "batch"),
+    ):
+        done = w.curl("-i", "--json", body, f"https://allowed.test:8443{path}")
+        assert "403" in done.stdout and words in done.stdout and "llm-usage" in done.stdout
+    assert "no model" in w.curl("--json", "{}", "https://allowed.test:8443/v1/messages").stdout
+    assert w.peer.seen == []
+    told = json.dumps({"model": "small", "stream": True, "stream_options": {"include_usage": True}})
+    done = w.curl("-i", "--json", told, "https://allowed.test:8443/v1/chat/completions")
+    assert "200" in done.stdout
+
+
+def test_what_is_no_model_request_passes_a_provider_as_ever(w: InspectingWorld) -> None:
+    w.gateway.rules["allowed.test"] = models
+    assert w.curl("-f", "https://allowed.test:8443/v1/models").returncode == 0
+    assert w.curl("-f", "--json", '{"event": 1}', "https://allowed.test:8443/e").returncode == 0
+    assert w.asked("llm.request") == [] and len(w.told(count=2)) == 2
+
+
 # -- WebSockets
 
 SOCKET = """

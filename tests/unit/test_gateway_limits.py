@@ -18,12 +18,12 @@ from aa.audit.file import AuditFile, read_backwards
 from aa.audit.log import AuditLog
 from aa.config import Config
 from aa.gateway import gateway as gateway_module
-from aa.gateway import prices
+from aa import prices
 from aa.gateway.counters import Counters
 from aa.gateway.gateway import Gateway
 from aa.gateway.interfaces import control_service
 from aa.gateway.limits import MAX_TOKENS, Limits, usage_of
-from aa.gateway.prices import Prices, Usage
+from aa.prices import Prices, Usage
 from aa.gateway.runs import RunRegistry
 from aa.model import Action, Decision, Effect, Kind, Layer, Obligation, RecordType, Report, Run
 from aa.policy import loads

@@ -31,6 +31,7 @@ from aa.model import (
 )
 from aa.policy.content import IN, OUT, body_facts, judges, message_facts
 from aa.policy.host import InvalidHost, canonical_host
+from aa.prices import Prices
 from aa.proxy.ask import Gateway, GatewayAway, Refusals
 from aa.proxy.dial import UpstreamFailed
 from aa.proxy.inspect.engine import (
@@ -54,10 +55,18 @@ from aa.proxy.inspect.request import (
 )
 from aa.proxy.inspect.session import INSPECT, INSPECT_LIMIT, MAX_INSPECT_LIMIT, Session, Waiting
 from aa.proxy.inspect.tls import REFUSES_CERTIFICATE, Presented, Trusted
+from aa.proxy.inspect.usage import (
+    BATCHES,
+    METERED,
+    UsageReader,
+    asked,
+    charged,
+    may_be_model_request,
+)
 from aa.sockdiag import SockDiag
 
 PINNED, NOT_HTTP, NO_LEAF = "<pinned>", "<not-http>", "<no-certificate>"
-ENCODING = "<encoding>"
+ENCODING, LLM_USAGE = "<encoding>", "<llm-usage>"
 
 EXCHANGE = "aa.exchange"
 
@@ -73,6 +82,12 @@ class Exchange:
         self.orders = orders
         self.began = time.monotonic()
         self.sent = self.received = 0
+        self.provider = ""
+        """Of a request that may be one to a model."""
+        self.model = ""
+        self.usage: UsageReader | None = None
+        self.whole = False
+        """Whether the answer came to its end."""
 
     def count_sent(self, data: bytes) -> bytes:
         self.sent += len(data)
@@ -80,6 +95,8 @@ class Exchange:
 
     def count_received(self, data: bytes) -> bytes:
         self.received += len(data)
+        if self.usage is not None:
+            self.usage.feed(data)
         return data
 
 
@@ -120,6 +137,7 @@ class Hooks:
         presented: Presented,
         trusted: Trusted,
         diag: SockDiag,
+        prices: Callable[[], Prices],
         max_waiting_per_run: int = 32,
     ) -> None:
         self._gateway = gateway
@@ -130,6 +148,7 @@ class Hooks:
         self._presented = presented
         self._trusted = trusted
         self._diag = diag
+        self._prices = prices
         self._uid = os.geteuid()
         self._max_waiting_per_run = max_waiting_per_run
         self._asking_people: Counter[str] = Counter()
@@ -310,13 +329,33 @@ class Hooks:
             refuse_flow(flow, session, orders)
             return
         exchange = Exchange(request, decision, orders)
+        unmetered = self._look_for_a_model(exchange, session, flow.request)
+        if unmetered is not None:
+            conn.state.refuse(unmetered, head.shown)
+            refuse_flow(flow, session, unmetered)
+            return
         flow.metadata[EXCHANGE] = exchange
-        flow.metadata[LIMIT] = orders.limit
+        flow.metadata[LIMIT] = min(orders.limit, session.wanted.limit)
         conn.flows.add(flow)
         flow.request.headers = http.Headers(outgoing_fields(head, session, upgrade=request.upgrade))
         flow.request.authority = session.authority if head.version == "HTTP/2.0" else ""
-        if not orders.body:
+        if not orders.body and not exchange.provider:
             flow.request.stream = exchange.count_sent
+
+    def _look_for_a_model(
+        self, exchange: Exchange, session: Session, request: Any
+    ) -> Decision | None:
+        """Notes that a request may be one to a model, so that its body is read first. A denial for
+        what would use tokens where nobody can count them."""
+        provider = self._prices().provider_of(session.host) if session.wanted.llm else ""
+        method, path = (exchange.action.attributes[name] for name in ("method", "path"))
+        if provider and path in BATCHES and method == "POST":
+            why = "what a batch uses is told later, where it cannot be counted"
+            return deny(why, rule=LLM_USAGE)
+        content_type = request.headers.get("content-type", "")
+        if provider and may_be_model_request(method, path, content_type):
+            exchange.provider = provider
+        return None
 
     async def _decide(
         self, conn: Connection, action: Action, shown: str, approval: str = ""
@@ -363,22 +402,69 @@ class Hooks:
     async def request(self, conn: Connection, flow: Any) -> None:
         """All of a request is here. One that was held back is judged now."""
         exchange: Exchange | None = flow.metadata.get(EXCHANGE)
-        if exchange is None or not exchange.orders.body:
+        if exchange is None or not (exchange.orders.body or exchange.provider):
             return
-        shown, content = flow.metadata[SHOWN], flow.request.raw_content or b""
+        content = flow.request.raw_content or b""
+        denied = await self._judge_body(conn, flow, exchange, content)
+        if denied is None and exchange.provider:
+            denied = await self._judge_model(conn, flow, exchange, content)
+        if denied is not None:
+            conn.flows.discard(flow)
+            refuse_flow(flow, conn.session, denied)
+        else:
+            exchange.sent = len(content)
+
+    async def _judge_body(
+        self, conn: Connection, flow: Any, exchange: Exchange, content: bytes
+    ) -> Decision | None:
+        """A denial, or None where the body may leave."""
+        shown = flow.metadata[SHOWN]
         encoding = flow.request.headers.get("content-encoding", "identity").strip().lower()
         if encoding != "identity":
             why = f"its body is encoded ({encoding[:40]}), so it cannot be judged"
             decision = deny(why, rule=ENCODING)
             conn.state.refuse(decision, shown)
-        else:
-            facts = body_facts(exchange.orders.body, content)
-            decision = await self._with(conn, exchange, shown, body=facts)
-        if not decision.permits:
-            conn.flows.discard(flow)
-            refuse_flow(flow, conn.session, decision)
-        else:
-            exchange.sent = len(content)
+            return decision
+        if not exchange.orders.body:
+            return None
+        facts = body_facts(exchange.orders.body, content)
+        decision = await self._with(conn, exchange, shown, body=facts)
+        return None if decision.permits else decision
+
+    async def _judge_model(
+        self, conn: Connection, flow: Any, exchange: Exchange, content: bytes
+    ) -> Decision | None:
+        """The same for the model that a body asks for. What asks for none is no model request."""
+        shown, path = flow.metadata[SHOWN], exchange.action.attributes["path"]
+        wanted = asked(path, content)
+        if wanted is None and path not in METERED:
+            return None
+        if wanted is None or not wanted.tells_usage:
+            why = "it names no model"
+            if wanted is not None:
+                why = (
+                    "its stream would not say what it used; have it ask for that with "
+                    'stream_options = {"include_usage": true}'
+                )
+            decision = deny(why, rule=LLM_USAGE)
+            conn.state.refuse(decision, shown)
+            return decision
+        exchange.model = wanted.model
+        target = f"{exchange.provider}/{wanted.model}"
+        attributes = {"provider": exchange.provider, "model": wanted.model}
+        attributes["host"] = conn.session.host
+        action = Action(Kind.LLM_REQUEST, target, attributes)
+        decision = await self._decide(conn, action, shown)
+        if isinstance(self._orders(conn, decision, shown), Decision):
+            return (
+                decision
+                if not decision.permits
+                else deny(
+                    "this proxy cannot meet what the decision is bound to", rule=decision.rule
+                )
+            )
+        flow.request.headers["accept-encoding"] = "identity"
+        return None
 
     async def _with(
         self, conn: Connection, exchange: Exchange, shown: str, **facts: Any
@@ -393,11 +479,19 @@ class Hooks:
             return
         if flow.response.status_code == 101:
             return
+        if exchange.model and flow.response.status_code < 400:
+            headers = flow.response.headers
+            exchange.usage = UsageReader(
+                headers.get("content-type", ""), headers.get("content-encoding", "")
+            )
         flow.response.stream = exchange.count_received
         if conn.session.single:
             flow.response.headers["Connection"] = "close"
 
     def response(self, conn: Connection, flow: Any) -> None:
+        exchange: Exchange | None = flow.metadata.get(EXCHANGE)
+        if exchange is not None:
+            exchange.whole = True
         if flow.websocket is None:
             self._tell(conn, flow, "closed")
 
@@ -465,15 +559,36 @@ class Hooks:
             attributes["upstream"] = conn.upstream
         if flow.response is not None and REFUSAL not in flow.metadata:
             attributes["status"] = flow.response.status_code
+        self._observed(session, Kind.HTTP_REQUEST, session.target, ended, attributes)
+        if exchange.model and flow.server_conn.timestamp_tcp_setup is not None:
+            self._tell_usage(session, exchange, attributes.get("status"))
+
+    def _tell_usage(self, session: Session, exchange: Exchange, status: int | None) -> None:
+        """What a model request used, for the limits. An error of the provider's costs nothing."""
+        if status is not None and status >= 400:
+            return
+        if exchange.usage is not None and exchange.whole:
+            exchange.usage.end()
+        used = charged(
+            exchange.usage, whole=exchange.whole, sent=exchange.sent, received=exchange.received
+        )
+        problem = used.pop("problem", "")
+        attributes = {"provider": exchange.provider, "model": exchange.model, **used}
+        target = f"{exchange.provider}/{exchange.model}"
+        self._observed(session, Kind.LLM_REQUEST, target, problem or "closed", attributes)
+
+    def _observed(
+        self, session: Session, kind: Kind, target: str, reason: str, attributes: dict[str, Any]
+    ) -> None:
         self._report(
             Report(
                 type=RecordType.OBSERVED,
                 layer=Layer.PROXY,
-                kind=Kind.HTTP_REQUEST,
-                target=session.target,
+                kind=kind,
+                target=target,
                 time=time.time_ns(),
                 run=session.run,
-                reason=ended,
+                reason=reason,
                 attributes=attributes,
             )
         )

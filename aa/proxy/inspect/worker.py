@@ -19,6 +19,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from aa import prices
 from aa.ca.errors import CertificateAuthorityError
 from aa.ca.leaf import LeafIssuer
 from aa.journallog import log_to_journal
@@ -65,6 +66,7 @@ class Worker:
         self._waiting = Waiting(self._loop.time)
         self._issuer = LeafIssuer(Path(settings["ca_dir"]))
         self._trusted = tls.Trusted(Path(settings.get("trust_store", tls.TRUST_STORE)))
+        self._prices = prices.load()
         self._hooks = hooks.Hooks(
             gateway=self._gateway,
             refusals=self._refusals,
@@ -74,6 +76,7 @@ class Worker:
             presented=tls.Presented(self._issuer),
             trusted=self._trusted,
             diag=SockDiag(),
+            prices=lambda: self._prices,
             max_waiting_per_run=int(settings["max_waiting_per_run"]),
         )
         self._table = self._hooks.table()
@@ -153,12 +156,13 @@ class Worker:
             self._stop.set()
 
     def _reload(self) -> None:
-        """Takes another intermediate into use. What was begun with the last one goes on."""
+        """Takes another intermediate, trust store and prices into use. What was begun goes on."""
         try:
             self._issuer.reread()
         except CertificateAuthorityError as e:
             log.warning("the intermediate in use stays: %s", e)
         self._trusted.prepare()
+        self._prices = prices.load()
 
     def _tell(self, **message: Any) -> None:
         if len(self._outbox) < OUTBOX_LIMIT:

@@ -20,7 +20,7 @@ from aa.audit.file import AuditFile
 from aa.audit.journal import Journal
 from aa.audit.log import AuditLog
 from aa.config import Config
-from aa.gateway import prices
+from aa import prices
 from aa.gateway.approvals import Approvals
 from aa.gateway.counters import Counters
 from aa.gateway.gateway import Gateway

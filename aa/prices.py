@@ -86,7 +86,11 @@ class Prices:
 
     def is_provider(self, host: str) -> bool:
         """Whether model requests go to a host."""
-        return any(host in p.hosts for p in self.providers.values())
+        return bool(self.provider_of(host))
+
+    def provider_of(self, host: str) -> str:
+        """The id of the provider that answers on a host, or ""."""
+        return next((p.id for p in self.providers.values() if host in p.hosts), "")
 
 
 def _dearest(prices: Iterator[Price]) -> Price:
