@@ -82,7 +82,7 @@ $(FUZZ)/bin/pip: packaging/requirements-fuzz.txt | deps
 	$(FUZZ)/bin/pip install --quiet --disable-pip-version-check --requirement packaging/requirements-fuzz.txt
 	@touch $@
 
-fuzz: $(FUZZ)/bin/pip
+fuzz: $(FUZZ)/bin/pip $(INSPECT)/py311
 	$(FUZZ)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 # The policy engines that ours is measured beside.

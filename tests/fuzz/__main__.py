@@ -1,7 +1,7 @@
 """Fuzzes the targets, some at a time, and says what each found: `python -m tests.fuzz [TARGET...]`.
 
 Ends with 1 if there is a finding. Its input is under build/fuzz/crashes;
-`python -m tests.fuzz.engine` prints the whole story of one target.
+`python -m tests.fuzz.replay TARGET FILE` runs it again.
 """
 
 from __future__ import annotations

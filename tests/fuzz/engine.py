@@ -7,7 +7,6 @@ Only `aa` is instrumented for coverage. One input that takes longer than
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import random
 import resource
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import atheris
 from hypothesis import settings
+
+from tests.fuzz import replay
 
 INPUT_SECONDS = 10
 """One input takes milliseconds; the machine may be busy with other work."""
@@ -37,7 +38,7 @@ def main(name: str, seconds: str, directory: str) -> None:
     settings.register_profile("fuzz", database=None, deadline=None)
     settings.load_profile("fuzz")
     with atheris.instrument_imports(include=["aa"]):
-        target = importlib.import_module(f"tests.fuzz.targets.{name}")
+        target = replay.target(name)
     for seed in target.seeds():
         (seeds / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
     arguments = [

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import json
 import random
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 
 from tests.fuzz import targets
 from tests.fuzz.mutate import ODD_VALUES, json_value
+from tests.fuzz.replay import changed, target
 
-CHANGED = 150
-"""Changed inputs of one target, the same in every run."""
-FOUND = targets.names()
-
-
-def target(name: str) -> ModuleType:
-    return importlib.import_module(f"tests.fuzz.targets.{name}")
+ALONE = ["inspected"]
+"""Targets that want a process of their own: tests/host has them."""
+HERE = [name for name in targets.names() if name not in ALONE]
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", HERE)
 def test_no_seed_is_a_finding(name: str) -> None:
     seeds = list(target(name).seeds())
     assert seeds
@@ -29,36 +26,29 @@ def test_no_seed_is_a_finding(name: str) -> None:
         target(name).one(seed)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", HERE)
 def test_no_changed_seed_is_a_finding(name: str) -> None:
-    module = target(name)
-    seeds = list(module.seeds())
-    rng = random.Random(name)
-    change = getattr(module, "mutate", None)
-    for _ in range(CHANGED):
-        data = rng.choice(seeds)
-        for _ in range(rng.randrange(1, 4)):
-            data = change(data, rng) if change and rng.random() < 0.7 else bytes_changed(data, rng)
-        module.one(data)
+    for data in changed(target(name)):
+        target(name).one(data)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", HERE)
 def test_a_target_takes_nothing_and_bytes_of_no_form(name: str) -> None:
     module = target(name)
     for data in (b"", b"\0", b"\xff" * 70, b"{" * 300, b"\n", random.Random(1).randbytes(500)):
         module.one(data)
 
 
-def bytes_changed(data: bytes, rng: random.Random) -> bytes:
-    at = rng.randrange(len(data) + 1)
-    match rng.randrange(4):
-        case 0:
-            return data[:at]
-        case 1:
-            return data[:at] + rng.randbytes(rng.randrange(1, 5)) + data[at:]
-        case 2:
-            return data[:at] + data[at + rng.randrange(1, 5) :]
-    return data[:at] + rng.randbytes(1) + data[at + 1 :]
+def test_every_target_is_run_here_or_in_a_process_of_its_own() -> None:
+    for path in Path(targets.__file__).parent.glob("[a-z]*.py"):
+        names = {
+            name.id
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Assign)
+            for name in node.targets
+            if isinstance(name, ast.Name)
+        }
+        assert ("ALONE" in names) is (path.stem in ALONE)
 
 
 def test_changes_of_json_stay_json_and_reach_every_part() -> None:

@@ -479,6 +479,9 @@ class Stream(http_layers.HttpStream):
     def _invalid_answer(self) -> Generator[Any, Any, bool]:
         try:
             http_layers.validate_headers(self.flow.response)
+            asked = "upgrade" in self.flow.request.headers
+            if self.flow.response.status_code == 101 and not asked:
+                raise ValueError("it changes to another protocol unasked")
         except ValueError as e:
             yield commands.CloseConnection(self.flow.server_conn)
             yield from self._failed(f"the origin's answer is not valid: {e}")
