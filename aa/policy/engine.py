@@ -273,7 +273,11 @@ class Policy:
             return ()
         if action.kind is Kind.NET_CONNECT and verdict.inspects:
             found = self._index.about(action)
-            return (obligations.of_connection(found, view.bits, models=view.models),)
+            binding = view.enforced.files or view.bits
+            owed = obligations.of_connection(
+                found, binding=binding, files=view.bits, models=view.models
+            )
+            return (owed,)
         if action.kind is Kind.HTTP_REQUEST:
             (q, *_) = network_questions(action)
             return obligations.of_request(q, request_of(action)[0], verdict.judged, view.secrets)

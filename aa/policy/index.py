@@ -27,7 +27,7 @@ from aa.policy.questions import network_questions
 from aa.policy.rules import Rule, Section
 from aa.policy.weigh import Pair, Requested, requested
 
-KEPT_LIMIT = 8192
+KEPT_LIMIT = 4096
 """Questions whose candidates are remembered; then the memory starts anew."""
 NAME_LENGTH_LIMIT = 256
 """Characters of a name that is worth remembering."""
@@ -155,24 +155,24 @@ class Paths:
         return found
 
 
-class End:
-    """One connection to one address, with the rules that match it, whatever the run and the time."""
+class Matched:
+    """The rules that match a connection to one address, whatever the run and the time. Many ends
+    share one of these."""
 
-    __slots__ = ("_pairs", "_paths", "_plain", "_timed", "question")
+    __slots__ = ("_pairs", "_paths", "_plain", "_timed")
 
-    def __init__(self, question: NetworkQuestion, pairs: tuple[Pair, ...]) -> None:
-        self.question = question
+    def __init__(self, pairs: tuple[Pair, ...]) -> None:
         self._pairs = pairs
         self._timed = any(rule.when is not None for rule, _ in pairs)
-        with_paths = [n for n, (rule, _) in enumerate(pairs) if rule.network and rule.network.paths]
         self._paths: Paths | None = None
+        self._plain: frozenset[int] = frozenset()
+        networks = [rule.network for rule, _ in pairs]
+        with_paths = [(i, n.paths) for i, n in enumerate(networks) if n is not None and n.paths]
         if len(with_paths) > PATHS_SEARCHED:
             self._paths = Paths()
-            for n in with_paths:
-                network = pairs[n][0].network
-                assert network is not None
-                self._paths.add(n, network.paths)
-        self._plain = set(range(len(pairs))) - set(with_paths)
+            for number, paths in with_paths:
+                self._paths.add(number, paths)
+            self._plain = frozenset(range(len(pairs))) - {number for number, _ in with_paths}
 
     def pairs(self, now: float) -> Sequence[Pair]:
         if not self._timed:
@@ -187,6 +187,10 @@ class End:
         numbers = self._plain.union(self._paths.find(request.parts))
         found = [self._pairs[n] for n in sorted(numbers)]
         return [pair for pair in found if pair[0].holds(now)] if self._timed else found
+
+
+Ends = tuple[tuple[NetworkQuestion, Matched], ...]
+"""A connection, by its addresses."""
 
 
 class RuleIndex:
@@ -219,7 +223,9 @@ class RuleIndex:
             Section.MCP: self._mcp_rules,
             Section.LLM: self._llm_rules,
         }
-        self._end_memory: dict[tuple[Any, ...], tuple[End, ...]] = {}
+        self._end_memory: dict[tuple[Any, ...], Ends] = {}
+        self._shared_rules: dict[tuple[int, ...], Rules] = {}
+        self._shared_matches: dict[tuple[int, ...], Matched] = {}
         self._host_memory: dict[str, Rules] = {}
         self._name_memory: dict[str, Rules] = {}
         self._tool_memory: dict[str, Rules] = {}
@@ -257,15 +263,15 @@ class RuleIndex:
 
         Raises Malformed or InvalidHost.
         """
-        return [(end.question, end.pairs(now)) for end in self._ends(action)]
+        return [(q, matched.pairs(now)) for q, matched in self._ends(action)]
 
     def requests(
         self, action: Action, request: Request, bits: int, now: float
     ) -> list[tuple[NetworkQuestion, Requested]]:
         """The rules that match a request. Raises Malformed or InvalidHost."""
         return [
-            (end.question, requested(end.pairs_of(request, now), request, bits))
-            for end in self._ends(action)
+            (q, requested(matched.pairs_of(request, now), request, bits))
+            for q, matched in self._ends(action)
         ]
 
     def hosts(self, name: str, bits: int, now: float) -> list[Rule]:
@@ -278,21 +284,22 @@ class RuleIndex:
 
     # -- candidates
 
-    def _ends(self, action: Action) -> tuple[End, ...]:
+    def _ends(self, action: Action) -> Ends:
         a = action.attributes
-        addresses, port = a.get("addresses"), a.get("port")
+        addresses, port, answered = a.get("addresses"), a.get("port"), a.get("answered")
         kind = type(addresses)
         key = None
-        if addresses is None or (
-            (kind is list or kind is tuple) and len(addresses) <= ADDRESSES_KEPT
-        ):
+        if (
+            addresses is None
+            or ((kind is list or kind is tuple) and len(addresses) <= ADDRESSES_KEPT)
+        ) and (answered is None or (type(answered) is str and len(answered) <= NAME_LENGTH_LIMIT)):
             key = (
                 action.target,
                 a.get("host"),
                 port,
                 type(port),  # 443 is not 443.0
                 a.get("protocol"),
-                a.get("answered"),
+                answered,
                 a.get("own_listener") is True,
                 None if addresses is None else tuple(addresses),
             )
@@ -302,19 +309,25 @@ class RuleIndex:
                 key = found = None
             if found is not None:
                 return found
-        ends = tuple(End(q, self._pairs(q)) for q in network_questions(action))
+        ends = tuple((q, self._matched(q)) for q in network_questions(action))
         if key is not None:
             _remember(self._end_memory, key, ends, len(action.target))
         return ends
 
-    def _pairs(self, q: NetworkQuestion) -> tuple[Pair, ...]:
-        found = []
+    def _matched(self, q: NetworkQuestion) -> Matched:
+        found: list[Pair] = []
+        key: list[int] = []
         for rule in self._network_rules(q):
             assert rule.network is not None
             match = rule.network.match_rest(q)
             if match:
                 found.append((rule, match))
-        return tuple(found)
+                key += (id(rule), match)
+        shared = self._shared_matches.get(tuple(key))
+        if shared is None:
+            shared = Matched(tuple(found))
+            _remember(self._shared_matches, tuple(key), shared, 0)
+        return shared
 
     def _network_rules(self, q: NetworkQuestion) -> Rules:
         numbers = self._ranges.find(q.place) if q.place is not None else []
@@ -387,7 +400,13 @@ class RuleIndex:
             _add_first(number, ways)
 
     def _ordered(self, numbers: Iterable[int]) -> Rules:
-        return tuple(self._rules[n] for n in sorted(set(numbers)))
+        """In the rules' order. Many names have the same rules, so these are kept once."""
+        key = tuple(sorted(set(numbers)))
+        shared = self._shared_rules.get(key)
+        if shared is None:
+            shared = tuple(self._rules[n] for n in key)
+            _remember(self._shared_rules, key, shared, 0)
+        return shared
 
 
 def _add_first(number: int, ways: Iterable[tuple[Names | None, Globs]]) -> bool:

@@ -17,12 +17,17 @@ INSPECT = "inspect"
 
 
 def of_connection(
-    found: Iterable[tuple[NetworkQuestion, Sequence[Rule]]], files: int, *, models: bool
+    found: Iterable[tuple[NetworkQuestion, Sequence[Rule]]],
+    *,
+    binding: int,
+    files: int,
+    models: bool,
 ) -> Obligation:
     """What the worker that inspects a connection must know: the headers that rules mention (it
     tells no others), and whether it will have to look at bodies and messages.
 
     `found` are the rules about its host or address, whatever time it is: a connection may last.
+    Of the files (as bits) those that bind hold bodies up; the others only want to know headers.
     """
     headers: set[str] = set()
     body = ws = False
@@ -35,6 +40,8 @@ def of_connection(
             if n.ports is not None and q.port not in n.ports:
                 continue
             headers.update(h.name for h in n.headers)
+            if not rule.bit & binding:
+                continue
             body = body or n.body is not None
             ws = ws or n.looks
             if n.inspect_limit is not None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from aa.policy.pattern import InvalidPattern, Matcher, glob
 
-CACHE_SIZE = 8192
+CACHE_SIZE = 4096
+CACHED_LENGTH = 256
+"""Characters of a request's path that is worth remembering."""
 PATH_LIMIT = 8192
 """Characters of a request's path; a longer one is ambiguous."""
 
@@ -160,14 +162,23 @@ _HIDDEN = frozenset(b"/\\.%;\x00")
 or after it has split the path."""
 
 
-@functools.lru_cache(maxsize=CACHE_SIZE)
-def read_path(raw: str) -> tuple[str, tuple[str, ...], str]:
+ReadPath = tuple[str, tuple[str, ...], str]
+
+
+def read_path(raw: str) -> ReadPath:
     """A request's path in its normal form and its components; or "", none, and why it is ambiguous."""
+    return _remembered(raw) if len(raw) <= CACHED_LENGTH else _read(raw)
+
+
+def _read(raw: str) -> ReadPath:
     try:
         path = normal_path(raw)
     except AmbiguousPath as e:
         return "", (), str(e)
     return path, components(path), ""
+
+
+_remembered = functools.lru_cache(maxsize=CACHE_SIZE)(_read)
 
 
 def normal_path(raw: str) -> str:

@@ -17,6 +17,7 @@ SILENT = {
     "p/lifts",
     "p/www",
     "trial/paths",
+    "watching/keys",
     "p/hooks",
     "p/addresses",
     "p/asks",
