@@ -37,9 +37,22 @@ $(INSPECT)/mitmdump: packaging/inspect/requirements-py311.txt packaging/inspect/
 	KEEP=1 $(LAY_IN) $@ 3.11 $(filter %.txt,$^)
 	@touch $@
 
-# The packages, in dist/. Built in a copy, so the tree stays as it is.
-deb: build
+# The packages, in dist/. Built in copies, so the tree stays as it is. The engines' are built again
+# only when something of theirs changed.
+deb: build $(INSPECT)/deb12 $(INSPECT)/deb13
 	packaging/build-deb dist
+	@cp $(INSPECT)/deb12/*.deb $(INSPECT)/deb13/*.deb dist/
+	@ls dist/agent-assembly-inspect_*.deb
+
+INSPECT_DEB := packaging/inspect/build-deb packaging/inspect/licences packaging/deb/changelog \
+	$(wildcard packaging/inspect/deb/*)
+$(INSPECT)/deb12: $(INSPECT)/py311 $(INSPECT_DEB) | deps
+	packaging/inspect/build-deb $< deb12 3.11 3.12 $@
+	@touch $@
+
+$(INSPECT)/deb13: $(INSPECT)/py313 $(INSPECT_DEB) | deps
+	packaging/inspect/build-deb $< deb13 3.13 3.14 $@
+	@touch $@
 
 test: build deb
 	$(PYTEST) tests/unit tests/host $(LAB)

@@ -11,6 +11,11 @@ PASSED_PREFIX = "LC_"
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 """Programs of the system come first, so that a home cannot stand in for them."""
 
+TRUST_STORE = "/etc/ssl/certs/ca-certificates.crt"
+TRUSTED_BY = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+"""Who brings authorities of its own and would not accept this host's: PyPI's httpx and OpenSSL or
+Rust programs built elsewhere, PyPI's requests and pip, Node and npm. Others read the store anyway."""
+
 MAX_VARIABLES = 512
 MAX_BYTES = 128 << 10
 """Of all names and values that a caller may pass; it may send more, which is not looked at."""
@@ -43,8 +48,13 @@ def of_run(
     shell: str,
     run: str,
     agent: str,
+    proxied: bool,
 ) -> dict[str, str]:
-    """What a run's program gets. `allowed` are the names that its agent's file adds."""
+    """What a run's program gets. `allowed` are the names that its agent's file adds.
+
+    `proxied` is whether the run has the proxy layer: then its programs look for authorities where
+    this host's own is, once the system trusts it.
+    """
     wanted = PASSED | set(allowed)
     passed = {
         name: value
@@ -57,6 +67,7 @@ def of_run(
         )
     return {
         "PATH": f"{SYSTEM_PATH}:{home}/.local/bin",
+        **(dict.fromkeys(TRUSTED_BY, TRUST_STORE) if proxied else {}),
         **passed,
         "HOME": home,
         "USER": user,

@@ -725,6 +725,7 @@ def _instructions(
             shell=asked.user.pw_shell or "/bin/sh",
             run=run.id,
             agent=run.agent,
+            proxied=Layer.PROXY in asked.agent.layers,
         ),
         "directory": {
             "path": box.directory.path,

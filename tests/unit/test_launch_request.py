@@ -156,9 +156,16 @@ def test_a_run_is_controlled_by_its_own_and_by_operators() -> None:
 # What comes along
 
 
-def run_environment(caller: dict[str, str], *allowed: str) -> dict[str, str]:
+def run_environment(caller: dict[str, str], *allowed: str, proxied: bool = True) -> dict[str, str]:
     return environment.of_run(
-        caller, allowed=allowed, user="ada", home="/home/ada", shell="/bin/sh", run="r1", agent="a"
+        caller,
+        allowed=allowed,
+        user="ada",
+        home="/home/ada",
+        shell="/bin/sh",
+        run="r1",
+        agent="a",
+        proxied=proxied,
     )
 
 
@@ -181,6 +188,19 @@ def test_only_allowed_variables_pass() -> None:
 def test_a_caller_cannot_say_which_run_it_is() -> None:
     found = run_environment({"AA_RUN": "x", "AA_AGENT": "x", "USER": "root"}, "AA_RUN", "USER")
     assert (found["AA_RUN"], found["AA_AGENT"], found["USER"]) == ("r1", "a", "ada")
+
+
+def test_programs_of_a_proxied_run_look_for_authorities_in_the_systems_store() -> None:
+    found = run_environment({"SSL_CERT_FILE": "/home/ada/own.pem"})
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"):
+        assert found[name] == "/etc/ssl/certs/ca-certificates.crt"
+    assert not {"SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"} & set(run_environment({}, proxied=False))
+
+
+def test_an_agents_file_can_let_the_callers_authorities_in() -> None:
+    found = run_environment({"SSL_CERT_FILE": "/home/ada/own.pem"}, "SSL_CERT_FILE")
+    assert found["SSL_CERT_FILE"] == "/home/ada/own.pem"
+    assert found["REQUESTS_CA_BUNDLE"] == "/etc/ssl/certs/ca-certificates.crt"
 
 
 def test_an_environment_that_is_too_large_or_none_is_refused() -> None:

@@ -20,16 +20,24 @@ from pathlib import Path
 from tests.lab.harness.container import REPOSITORY, STATE, Container, LabError, destroy, sweep
 
 DIST = REPOSITORY / "dist"
+ENGINE = "agent-assembly-inspect"
+HERE = "deb12"
+"""The Debian release whose userland the labs run."""
 
 
-def newest_debs() -> list[Path]:
-    """The packages of the newest build in dist/, one file for each package name."""
+def newest_debs(*, engine: str = "") -> list[Path]:
+    """The packages of the newest build in dist/, one file for each package name.
+
+    `engine` names a Debian release: the inspection engine for it goes along.
+    """
     newest: dict[str, Path] = {}
     for path in sorted(DIST.glob("*.deb"), key=lambda p: p.stat().st_mtime):
-        newest[path.name.split("_")[0]] = path
-    if not newest:
-        raise LabError(f"no package in {DIST}: run `make deb`")
-    return list(newest.values())
+        name, version = path.name.split("_")[:2]
+        if name != ENGINE or (engine and version.endswith(f"~{engine}")):
+            newest[name] = path
+    if not newest or (engine and ENGINE not in newest):
+        raise LabError(f"not all packages are in {DIST}: run `make deb`")
+    return [newest[name] for name in sorted(newest)]
 
 
 def sync(box: Container) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import http.server
+import io
 import ipaddress
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,40 @@ DNS_TTL = 5  # seconds
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 NEIGHBOUR_DISCOVERY = range(130, 138)  # ICMPv6 that a quiet link speaks by itself
 MULTICAST_REPORT = 143
+
+
+def _wheel() -> bytes:
+    """A package of Python's with nothing in it."""
+    info = "lab_package-1.0.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: lab-package\nVersion: 1.0\n"
+    tag = "Wheel-Version: 1.0\nGenerator: lab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, text in (("METADATA", metadata), ("WHEEL", tag), ("RECORD", "")):
+            archive.writestr(f"{info}/{name}", text)
+    return packed.getvalue()
+
+
+WHEEL = "lab_package-1.0-py3-none-any.whl"
+TARBALL = {"tarball": f"https://{names.API}/npm/lab-package-1.0.0.tgz"}
+PAGES: dict[str, tuple[str, bytes]] = {
+    "/simple/lab-package/": (
+        "text/html",
+        f'<!DOCTYPE html><html><body><a href="/{WHEEL}">{WHEEL}</a></body></html>'.encode(),
+    ),
+    f"/{WHEEL}": ("application/octet-stream", _wheel()),
+    "/npm/lab-package": (
+        "application/json",
+        json.dumps(
+            {
+                "name": "lab-package",
+                "dist-tags": {"latest": "1.0.0"},
+                "versions": {"1.0.0": {"name": "lab-package", "version": "1.0.0", "dist": TARBALL}},
+            }
+        ).encode(),
+    ),
+}
+"""Media type and body by path."""
 
 
 class Log:
@@ -166,7 +202,8 @@ class Certificates:
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """Answers every request with what it saw; /bytes/N with N bytes, /project.git with a repository."""
+    """Answers every request with what it saw; /bytes/N with N bytes, /project.git with a repository,
+    and what package managers ask for with an index of one package."""
 
     protocol_version = "HTTP/1.1"
     server: Listener
@@ -204,6 +241,8 @@ class Web(http.server.BaseHTTPRequestHandler):
         )
         if self.path.startswith(GIT_PREFIX):
             self._git(body)
+        elif self.path in PAGES:
+            self._send(200, *PAGES[self.path])
         elif self.path.startswith("/bytes/"):
             self._send(200, "application/octet-stream", bytes(min(int(self.path[7:]), BODY_LIMIT)))
         else:
