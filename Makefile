@@ -11,7 +11,10 @@ PYTEST := $(PYTHON) -m pytest --durations=10 -ra
 # Guests under emulation take minutes: they belong to lab-full.
 LAB := tests/lab --ignore=tests/lab/qemu
 
-.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench fuzz deps inspect clean
+# Programs of others that runs use in lab-full.
+CLIENTS := build/clients
+
+.PHONY: build deb test test-unit test-host test-lab lab-full demo lint bench fuzz deps full-deps inspect clean
 
 build: deps
 	$(MAKE) --no-print-directory -C probes all
@@ -66,11 +69,28 @@ test-host: build
 test-lab: deb
 	$(PYTEST) $(LAB)
 
-# What takes longer: whole guests with Debian's own kernels.
-lab-full: deb
-	@packaging/install-packages packaging/packages-full.txt
+# What takes longer: whole guests with Debian's own kernels, and clients that have to be got or built.
+lab-full: deb full-deps $(CLIENTS)/go $(CLIENTS)/rust $(CLIENTS)/pypi
 	$(PYTEST) tests/full tests/lab/qemu
 	$(MAKE) --no-print-directory fuzz
+
+full-deps:
+	@packaging/install-packages packaging/packages-full.txt
+	@command -v npm > /dev/null || packaging/install-packages packaging/packages-npm.txt
+
+$(CLIENTS)/go: tests/full/clients/fetch.go | full-deps
+	@mkdir -p $(@D)
+	CGO_ENABLED=0 GO111MODULE=off GOPROXY=off GOCACHE=$(abspath build/go) /usr/bin/go build -o $@ $<
+
+$(CLIENTS)/rust: $(shell find tests/full/clients/rust -type f) | full-deps
+	@mkdir -p $(@D) build/cargo && cp -rT tests/full/clients/rust build/cargo/source
+	cd build/cargo/source && CARGO_HOME=$(abspath build/cargo/home) /usr/bin/cargo --quiet build --offline --release
+	@cp build/cargo/source/target/release/fetch $@
+
+$(CLIENTS)/pypi: packaging/requirements-clients.txt | deps
+	$(PYTHON) -m venv $(@D)/pip
+	$(@D)/pip/bin/pip install --quiet --only-binary=:all: --upgrade --target $@ --requirement $<
+	@touch $@
 
 demo: deb
 	$(PYTHON) -m tests.lab.demo
