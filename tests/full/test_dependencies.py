@@ -1,4 +1,4 @@
-"""What apt makes of the package's dependencies on each Debian release it is for."""
+"""What apt makes of the packages' dependencies on each Debian release it is for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.harness.__main__ import newest_debs
+from tests.lab.harness.__main__ import ENGINE, newest_debs
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -29,9 +29,11 @@ def debian_mirror() -> str:
     return found[0]
 
 
-@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+@pytest.mark.parametrize(("release", "engine"), [("bookworm", "deb12"), ("trixie", "deb13")])
 @pytest.mark.timeout(300)
-def test_apt_resolves_every_dependency_from_main_alone(tmp_path: Path, release: str) -> None:
+def test_apt_resolves_every_dependency_from_main_alone(
+    tmp_path: Path, release: str, engine: str
+) -> None:
     for directory in ("lists/partial", "archives/partial", "parts"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "status").touch()
@@ -49,7 +51,7 @@ def test_apt_resolves_every_dependency_from_main_alone(tmp_path: Path, release: 
         *("-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"),
     ]
     subprocess.run([*apt, "-qq", "update"], check=True, timeout=240)
-    packages = list(map(str, newest_debs()))
+    packages = list(map(str, newest_debs(engine=engine)))
     done = subprocess.run(
         [*apt, "--simulate", "--no-install-recommends", "install", *packages],
         capture_output=True,
@@ -57,4 +59,12 @@ def test_apt_resolves_every_dependency_from_main_alone(tmp_path: Path, release: 
         timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Inst agent-assembly " in done.stdout
+    assert "Inst agent-assembly " in done.stdout and f"Inst {ENGINE} " in done.stdout
+    other = {"deb12": "deb13", "deb13": "deb12"}[engine]
+    wrong = subprocess.run(
+        [*apt, "--simulate", "install", *map(str, newest_debs(engine=other))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert wrong.returncode != 0 and f"{ENGINE} : Depends: python3" in wrong.stdout, wrong.stdout

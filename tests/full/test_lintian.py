@@ -9,9 +9,10 @@ import pytest
 from tests.lab.harness.__main__ import newest_debs
 
 
+@pytest.mark.parametrize("engine", ["deb12", "deb13"])
 @pytest.mark.timeout(300)
-def test_lintian_finds_nothing_that_is_not_explained() -> None:
-    packages = list(map(str, newest_debs()))
+def test_lintian_finds_nothing_that_is_not_explained(engine: str) -> None:
+    packages = list(map(str, newest_debs(engine=engine)))
     done = subprocess.run(
         ["lintian", "--allow-root", "--fail-on=error,warning", *packages],
         capture_output=True,

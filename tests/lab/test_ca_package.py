@@ -1,4 +1,4 @@
-"""The root goes into the trust store by a command, and out of it with the package, without a trace."""
+"""The root goes into the trust store with the inspection engine, and out of it without a trace."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.harness import Container
-from tests.lab.harness.__main__ import newest_debs
+from tests.lab.harness.__main__ import ENGINE, HERE, newest_debs
 
 STORE = (
     "cd / && find etc/ssl etc/ca-certificates usr/local/share/ca-certificates ! -name cacerts "
@@ -22,26 +22,57 @@ def box() -> Iterator[Container]:
         yield container
 
 
+def install(box: Container) -> None:
+    """The guard, and then the engine, as somebody does who wants inspection later."""
+    box.install_deb(*newest_debs())
+    box.install_deb(*newest_debs(engine=HERE))
+
+
+def trusted(box: Container) -> bool:
+    return "agent-assembly" in box.run(STORE).check().out
+
+
+def again(box: Container) -> None:
+    """The same packages over themselves, as an upgrade does it."""
+    files = [f"/var/cache/lab/{path.name}" for path in newest_debs(engine=HERE)]
+    box.run(["dpkg", "--install", *files], timeout=180).check()
+
+
 def test_the_trust_store_is_after_removal_what_it_was_before_installation(box: Container) -> None:
     store, java = box.run(STORE).check().out, box.run(JAVA, timeout=120).check().out
     assert "agent-assembly" not in store + java
     box.install_deb(*newest_debs())
-    assert "agent-assembly" not in box.run(STORE).check().out
-    box.run(["aasm", "proxy", "install-ca"], timeout=120).check()
-    assert "agent-assembly" in box.run(STORE).check().out
+    assert not trusted(box), "nothing can be decrypted yet"
+    box.install_deb(*newest_debs(engine=HERE))
+    assert trusted(box)
     assert "agent-assembly" in box.run(JAVA, timeout=120).check().out
-    box.run(["apt-get", "remove", "--yes", "agent-assembly"], timeout=180).check()
+    again(box)
+    assert trusted(box)
+    box.run(["apt-get", "remove", "--yes", ENGINE], timeout=180).check()
     assert box.run(STORE).check().out == store
     assert box.run(JAVA, timeout=120).check().out == java
-    # the root is still there, for when the package comes back; purging takes it too
+    box.run(["apt-get", "purge", "--yes", "agent-assembly", ENGINE], timeout=180).check()
+    assert not box.raw(["test", "-e", "/var/lib/agent-assembly"]).ok
+
+
+def test_removing_the_guard_takes_the_engine_and_its_root_along(box: Container) -> None:
+    store = box.run(STORE).check().out
+    install(box)
+    assert trusted(box)
+    box.run(["apt-get", "remove", "--yes", "agent-assembly"], timeout=180).check()
+    assert box.run(STORE).check().out == store
+    assert not box.raw(["test", "-e", "/usr/lib/agent-assembly/inspect"]).ok
+    # the root's key is still there, for when the packages come back; purging takes it too
     assert box.raw(["test", "-e", "/var/lib/agent-assembly/ca/root.key"]).ok
-    box.run(["apt-get", "purge", "--yes", "agent-assembly"], timeout=180).check()
+    install(box)
+    assert trusted(box), "a new installation is a new wish"
+    box.run(["apt-get", "purge", "--yes", "agent-assembly", ENGINE], timeout=180).check()
+    assert box.run(STORE).check().out == store
     assert not box.raw(["test", "-e", "/var/lib/agent-assembly"]).ok
 
 
 def test_an_upgrade_does_not_bring_back_what_a_person_took_out(box: Container) -> None:
-    box.install_deb(*newest_debs())
-    box.run(["aasm", "proxy", "install-ca"], timeout=120).check()
+    install(box)
     box.run(["aasm", "proxy", "uninstall-ca"], timeout=120).check()
-    box.run(["dpkg", "--install", f"/var/cache/lab/{newest_debs()[0].name}"], timeout=180).check()
-    assert "agent-assembly" not in box.run(STORE).check().out
+    again(box)
+    assert not trusted(box)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.lab.harness import Container, eventually
-from tests.lab.harness.__main__ import newest_debs
+from tests.lab.harness.__main__ import DIST, ENGINE, HERE, newest_debs
 
 SOCKETS = {
     "/run/agent-assembly/enforce": "660 root aa-enforce",
@@ -47,7 +49,7 @@ def traces_before(bare: Container) -> set[str]:
 
 @pytest.fixture(scope="module")
 def box(bare: Container, traces_before: set[str]) -> Container:
-    bare.install_deb(*newest_debs())
+    bare.install_deb(*newest_debs(engine=HERE))
     return bare
 
 
@@ -163,6 +165,89 @@ def test_reinstallation_keeps_the_listeners_and_what_runs(box: Container) -> Non
     )
 
 
+# The inspection engine
+
+FOLDER = "/usr/lib/agent-assembly/inspect"
+LOAD = f"""
+import sys
+sys.path.insert(0, "{FOLDER}")
+from mitmproxy.proxy import layer, server
+from mitmproxy.proxy.layers import http, tls, websocket
+import brotli, zstandard, OpenSSL.SSL
+strangers = [m.__file__ for m in sys.modules.values() if "-packages" in (getattr(m, "__file__", "") or "")]
+print(sys.modules["mitmproxy"].__path__[0], strangers)
+"""
+SUITES = {"deb12": ("3.11", "3.12"), "deb13": ("3.13", "3.14")}
+
+
+def field(package: Path, name: str) -> str:
+    told = subprocess.run(
+        ["dpkg-deb", "--field", package, name], check=True, capture_output=True, text=True
+    )
+    return told.stdout.strip()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_there_is_an_engine_for_each_release_and_its_python_alone(suite: str) -> None:
+    guard, engine = newest_debs(engine=suite)
+    wanted = [part.strip() for part in field(engine, "Depends").split(",")]
+    python, next_python = SUITES[suite]
+    assert f"agent-assembly (= {field(guard, 'Version')})" in wanted
+    assert {f"python3 (>= {python})", f"python3 (<< {next_python})"} <= set(wanted)
+    listed = subprocess.run(
+        ["dpkg-deb", "--contents", engine], check=True, capture_output=True, text=True
+    ).stdout
+    outside = [
+        line
+        for line in listed.splitlines()
+        if not line.startswith("d") and FOLDER not in line and "/usr/share/doc/" not in line
+    ]
+    assert len(listed.splitlines()) > 300 and outside == []
+    assert len(list(DIST.glob(f"{ENGINE}_*"))) == len(SUITES)
+
+
+def test_the_engine_is_whole_and_needs_nothing_of_the_systems_python(box: Container) -> None:
+    loaded = box.run(["/usr/bin/python3", "-I", "-S", "-c", LOAD], user="aa-proxy").check()
+    assert loaded.out.strip() == f"{FOLDER}/mitmproxy []"
+    assert box.run(f"ls {FOLDER}/mitmproxy/__pycache__/http.*.pyc").ok, "it is compiled already"
+
+
+def test_nobody_else_imports_the_engines_libraries(box: Container) -> None:
+    code = "import cryptography, h11; print(cryptography.__file__, h11.__file__)"
+    said = box.run(["/usr/bin/python3", "-I", "-c", code]).check().out
+    assert said.split() == [
+        f"/usr/lib/python3/dist-packages/{name}/__init__.py" for name in ("cryptography", "h11")
+    ]
+
+
+def test_only_root_writes_the_engine(box: Container) -> None:
+    writable = f"find {FOLDER} \\( ! -user root -o ! -group root -o -perm /7022 \\) ! -type l"
+    assert box.run(writable).check().out == ""
+
+
+def test_each_wheels_licence_is_told(box: Container) -> None:
+    told = box.raw(["cat", f"/usr/share/doc/{ENGINE}/copyright"]).check().out
+    wheels = box.run(f"cd {FOLDER} && ls -d *.dist-info").check().out.split()
+    assert len(wheels) >= 20
+    for wheel in wheels:
+        assert f"{FOLDER[1:]}/{wheel}/*" in told, wheel
+    assert "Copyright (c) 2013, Aldo Cortesi" in told
+
+
+def test_a_running_proxy_takes_a_new_engine_and_a_stopped_one_stays_stopped(box: Container) -> None:
+    (engine,) = (f"/var/cache/lab/{p.name}" for p in newest_debs(engine=HERE) if ENGINE in p.name)
+    box.run(["dpkg", "--install", engine], timeout=120).check()
+    assert box.show("aa-proxy.service", "ActiveState") == {"ActiveState": "inactive"}
+    box.systemctl("start", "aa-proxy.service").check()
+    try:
+        before = box.show("aa-proxy.service", "MainPID")
+        box.run(["dpkg", "--install", engine], timeout=120).check()
+        after = box.show("aa-proxy.service", "MainPID", "ActiveState")
+        assert after["ActiveState"] == "active" and after["MainPID"] != before["MainPID"]
+    finally:
+        box.systemctl("stop", "aa-proxy.service", "aa-redirect.service", "aa-ebpf.service")
+
+
 def test_purge_ends_what_runs_and_leaves_nothing(box: Container, traces_before: set[str]) -> None:
     """Comes last: the package is gone after it."""
     box.systemctl("start", "aa-proxy.service", timeout=60).check()
@@ -171,7 +256,7 @@ def test_purge_ends_what_runs_and_leaves_nothing(box: Container, traces_before: 
     assert "AA-" in box.raw(["sh", "-c", RULES]).out
     assert traces(box) > traces_before
 
-    box.run(["apt-get", "purge", "--yes", "agent-assembly"], timeout=120).check()
+    box.run(["apt-get", "purge", "--yes", "agent-assembly", ENGINE], timeout=180).check()
 
     assert agent.wait(timeout=20) != 0
     assert not box.raw(["pgrep", "-x", "sleep"]).ok
