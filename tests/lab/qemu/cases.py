@@ -18,7 +18,7 @@ from tests.lab.harness import LabError
 from tests.lab.harness.__main__ import newest_debs
 from tests.lab.harness.container import REPOSITORY
 from tests.lab.qemu.guest import GUEST_TIMEOUT, Report, boot
-from tests.lab.qemu.image import image
+from tests.lab.qemu.image import ENGINES, image
 
 FILES = ("case_debian", "case_package", "case_chain", "case_faults", "case_purge")
 """In this order: the package comes with the second and is gone with the last."""
@@ -89,7 +89,7 @@ def run_cases(
         files=" ".join(files),
     )
     tree = {f"tree/{name}": REPOSITORY / name for name in ("tests", "pyproject.toml")}
-    packages = {f"tree/dist/{path.name}": path for path in newest_debs()}
+    packages = {f"tree/dist/{path.name}": path for path in newest_debs(engine=ENGINES[suite])}
     report = boot(image(suite), program, {**tree, **packages}, out, timeout=timeout, follow=follow)
     rows = [json.loads(line) for line in _results(report)]
     cases = tuple(_case(row) for row in rows if "case" in row)

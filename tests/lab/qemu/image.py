@@ -27,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 CACHE = Path("/var/cache/agent-assembly-lab")
 CONTROL = REPOSITORY / "packaging" / "deb" / "control"
 
-SUITES = ("bookworm", "trixie")
+ENGINES = {"bookworm": "deb12", "trixie": "deb13"}
+"""Which inspection engine is for a suite."""
+SUITES = tuple(ENGINES)
 
 BUILD_TIMEOUT = 1800.0  # seconds for debootstrap and apt together
 TOOL_TIMEOUT = 300.0  # seconds for one local program

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from tests.lab.guarded import SERVICES
 from tests.lab.harness import Container, eventually
+from tests.lab.harness.__main__ import newest_debs
+from tests.lab.qemu.image import ENGINES
+
+LOAD = """
+import sys
+sys.path.insert(0, "/usr/lib/agent-assembly/inspect")
+from mitmproxy.proxy.layers import http, tls, websocket
+import mitmproxy.version
+print(mitmproxy.version.VERSION)
+"""
+HANDSHAKE = """
+import ssl, tempfile
+from aa.ca.leaf import LeafIssuer
+leaf = LeafIssuer().issue("www.strict.example")
+server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+with tempfile.NamedTemporaryFile() as file:
+    file.write(leaf.key_pem + leaf.chain_pem)
+    file.flush()
+    server.load_cert_chain(file.name)
+client = ssl.create_default_context()
+client.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+ends = [
+    client.wrap_bio(back, there, server_hostname="www.strict.example"),
+    server.wrap_bio(there, back, server_side=True),
+]
+for _ in range(4):
+    for end in ends:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+print(ends[0].version())
+"""
+"""What a program of this Python makes of a leaf, with the checks that 3.13 makes by itself."""
 
 RUNGS = ("lsm", "fmod_ret", "cgroup")
 """Rungs on which something is enforced."""
@@ -16,6 +52,24 @@ RUNGS = ("lsm", "fmod_ret", "cgroup")
 def test_apt_installs_it_and_nothing_fails(installed: Container) -> None:
     assert installed.raw(["dpkg", "--audit"]).check().out == ""
     assert installed.systemctl("is-system-running").out.strip() == "running"
+
+
+def test_the_inspection_engine_is_for_this_python(installed: Container) -> None:
+    installed.install_deb(*newest_debs(engine=ENGINES[os.environ["LAB_SUITE"]]))
+    load = ["/usr/bin/python3", "-I", "-S", "-c", LOAD]
+    assert installed.run(load, user="aa-proxy", timeout=120).check().out.startswith(("11.", "12."))
+
+
+def test_its_programs_accept_our_certificates_by_the_strictest_rules(installed: Container) -> None:
+    hosts = "/run/agent-assembly/inspected/hosts"
+    publish = f"echo strict.example >{hosts} && chown aa-gateway {hosts}"
+    installed.raw(["sh", "-c", publish]).check()
+    installed.systemctl("start", "aa-ca.service").check()
+    try:
+        shake = ["/usr/bin/python3", "-I", "-c", HANDSHAKE]
+        assert installed.run(shake, user="aa-proxy").check().out == "TLSv1.3\n"
+    finally:
+        installed.raw(["rm", hosts])
 
 
 def test_systemd_finds_no_fault_in_any_unit(installed: Container) -> None:
