@@ -17,6 +17,9 @@ from aa import paths
 from aa.audit.file import AuditFile
 from aa.audit.journal import Journal
 from aa.audit.log import AuditLog
+from aa.ca import inspected
+from aa.ca.errors import CertificateAuthorityError
+from aa.ca.places import INSPECTED_HOSTS
 from aa.daemon import CannotStart, Daemon, inherited_sockets, serve
 from aa import prices
 from aa.gateway.approvals import Approvals
@@ -27,6 +30,7 @@ from aa.gateway.limits import Limits as PolicyLimits
 from aa.gateway.runs import RegistryCorrupt, RunRegistry
 from aa.gateway.source import WATCH_SECONDS
 from aa.model import Kind, Run
+from aa.policy import Policy
 from aa.tomlfile import InvalidFile
 from aa.varlink import Peer, Server
 from aa.varlink.server import Limits
@@ -136,6 +140,7 @@ async def main(daemon: Daemon) -> None:
             f"systemd passed no socket for {', '.join(sorted(missing))}",
             hint="start it with `systemctl start aa-gateway.service`, its sockets come first",
         )
+    gateway.on_policy = lambda policy: tell_authority(gateway, policy)
     gateway.source.reload()
     gateway.end_vanished()
     run_sockets.sweep()
@@ -167,6 +172,18 @@ async def main(daemon: Daemon) -> None:
     for chore in chores:
         chore.cancel()
     gateway.write_event(Kind.GUARD, "gateway", "gateway stopped", pid=os.getpid())
+
+
+def tell_authority(gateway: Gateway, policy: Policy, path: Path = INSPECTED_HOSTS) -> None:
+    """Publishes the hosts that this policy inspects: the intermediate may sign for no others.
+
+    If that fails, what is newly inspected is denied, because no certificate can be made for it.
+    """
+    try:
+        inspected.publish(policy.inspected(), path)
+    except (OSError, CertificateAuthorityError) as e:
+        told = f"the authority does not know which hosts are inspected: {e}"
+        gateway.write_event(Kind.GUARD, "ca", told, alert=True)
 
 
 def end_vanished(gateway: Gateway, run_sockets: RunSockets) -> None:

@@ -153,6 +153,8 @@ class Gateway:
         self._missing: dict[str, float] = {}
         """Since when a run's cgroup is gone, on the monotonic clock."""
         self.on_status: Callable[[], None] = lambda: None
+        self.on_policy: Callable[[Policy], None] = lambda policy: None
+        """Called with each policy that comes into force."""
         self._recall()
         self.approvals = approvals or Approvals(Path(":memory:"))
         self.approvals.watch(self._approval_changed)
@@ -818,6 +820,8 @@ class Gateway:
                 pending=self.pending(),
                 files=[str(f) for f in source.policy.files] if source.policy else [],
             )
+            if source.policy:
+                self.on_policy(source.policy)
         self.on_status()
 
 

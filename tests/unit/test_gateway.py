@@ -16,6 +16,7 @@ from aa.audit.file import AuditFile, read_backwards
 from aa.audit.journal import Journal
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.config import Config
+from aa.gateway.__main__ import tell_authority
 from aa.gateway.gateway import Gateway, LayerNotReady, RunUnknown, TooManyRuns
 from aa.gateway.interfaces import enforce_service, run_service
 from aa.gateway.runs import Halt, RegistryCorrupt, RunRegistry
@@ -552,3 +553,38 @@ def test_a_run_whose_sandbox_is_of_an_earlier_policy_is_pending_until_it_ends(
 
 def test_without_a_policy_the_share_is_the_usual_sandbox(open_gateway: Open) -> None:
     assert open_gateway().share_of(Run("", "a", "dev", 1000)).as_json()["closed"] == []
+
+
+INSPECTING = """
+[[rule]]
+id      = "reads"
+effect  = "allow"
+network = { hosts = ["api.allowed.test"], methods = ["GET"] }
+"""
+
+
+def test_the_authority_learns_which_hosts_each_policy_inspects(
+    gateway: Gateway, policies: Path, tmp_path: Path
+) -> None:
+    published = tmp_path / "inspected" / "hosts"
+    published.parent.mkdir()
+    gateway.on_policy = lambda policy: tell_authority(gateway, policy, published)
+    (policies / "60-more.toml").write_text('[policy]\nid = "more"\n' + INSPECTING)
+    gateway.source.reload()
+    assert published.read_text() == "api.allowed.test\n"
+    (policies / "60-more.toml").write_text("broken")
+    gateway.source.reload()
+    assert published.read_text() == "api.allowed.test\n", "the last good policy is in force"
+    (policies / "60-more.toml").unlink()
+    gateway.source.reload()
+    assert published.read_text() == ""
+
+
+def test_a_list_that_cannot_be_published_is_told(
+    gateway: Gateway, policies: Path, tmp_path: Path, records: Any
+) -> None:
+    gateway.on_policy = lambda policy: tell_authority(gateway, policy, tmp_path / "none" / "hosts")
+    (policies / "60-more.toml").write_text('[policy]\nid = "more"\n' + INSPECTING)
+    gateway.source.reload()
+    last = records()[-1]
+    assert (last["kind"], last["target"]) == ("guard", "ca") and "inspected" in last["reason"]
