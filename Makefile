@@ -70,7 +70,7 @@ test-lab: deb
 	$(PYTEST) $(LAB)
 
 # What takes longer: whole guests with Debian's own kernels, and clients that have to be got or built.
-lab-full: deb full-deps $(CLIENTS)/go $(CLIENTS)/rust $(CLIENTS)/pypi
+lab-full: deb full-deps $(CLIENTS)/go $(CLIENTS)/pypi
 	$(PYTEST) tests/full tests/lab/qemu
 	$(MAKE) --no-print-directory fuzz
 
@@ -81,11 +81,6 @@ full-deps:
 $(CLIENTS)/go: tests/full/clients/fetch.go | full-deps
 	@mkdir -p $(@D)
 	CGO_ENABLED=0 GO111MODULE=off GOPROXY=off GOCACHE=$(abspath build/go) /usr/bin/go build -o $@ $<
-
-$(CLIENTS)/rust: $(shell find tests/full/clients/rust -type f) | full-deps
-	@mkdir -p $(@D) build/cargo && cp -rT tests/full/clients/rust build/cargo/source
-	cd build/cargo/source && CARGO_HOME=$(abspath build/cargo/home) /usr/bin/cargo --quiet build --offline --release
-	@cp build/cargo/source/target/release/fetch $@
 
 $(CLIENTS)/pypi: packaging/requirements-clients.txt | deps
 	$(PYTHON) -m venv $(@D)/pip

@@ -1,4 +1,4 @@
-"""The matrix of tests/lab/test_trust.py, with what takes long to get: PyPI's libraries, npm, Go and Rust."""
+"""The matrix of tests/lab/test_trust.py, with what takes long to get: PyPI's libraries and its Rust program uv, npm, Go."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ SLOW = (
     client("npm", "npm", "view", PACKAGE, "version", "--registry", f"https://{API}/npm/",
            "--cache", "npm-cache", "--no-update-notifier", path=f"/npm/{PACKAGE}"),
     client("go", f"{FOLDER}/go", "URL"),
-    client("rustls-native-certs", f"{FOLDER}/rust", API, "/trust/rustls-native-certs"),
+    client("uv", "sh", "-c", f"echo {PACKAGE} | {FOLDER}/pypi/bin/uv pip compile --quiet --no-cache "
+           f"--no-config --python /usr/bin/python3 --index-url https://{API}/simple -",
+           path=f"/simple/{PACKAGE}/"),
 )  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def box() -> Iterator[Container]:
     with Container() as container:
         prepare(container)
         packed = subprocess.run(
-            ["tar", "-C", BUILT, "-c", "go", "rust", "pypi"],
+            ["tar", "-C", BUILT, "-c", "go", "pypi"],
             check=True,
             capture_output=True,
             timeout=60,

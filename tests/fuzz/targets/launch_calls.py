@@ -106,10 +106,11 @@ def _environment(calls: Any) -> None:
         try:
             passed = environment.of_run(
                 environment.parse(given), allowed=("A",), user="nobody", home="/h", shell="/bin/sh",
-                run="r", agent="a",
+                run="r", agent="a", proxied=True,
             )  # fmt: skip
         except environment.BadEnvironment:
             continue
         ours = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "AA_RUN", "AA_AGENT", "A"}
+        ours |= {*environment.TRUSTED_BY}
         assert all(n in ours | environment.PASSED or n.startswith("LC_") for n in passed)
         assert (passed["AA_RUN"], passed["HOME"]) == ("r", "/h")
