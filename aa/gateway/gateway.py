@@ -204,6 +204,8 @@ class Gateway:
             return deny(NO_POLICY_REASON, rule="<no-policy>")
         now = time.time()
         decision = policy.decide(run, action, now=now)
+        if policy.judges_models(run):
+            decision = self.limits.unseen(action, decision)
         limits = policy.limits(run)
         if limits:
             decision = self.limits.judge(limits, run, action, decision, now)

@@ -82,6 +82,22 @@ class Limits:
 
     # -- at a decision
 
+    def unseen(self, action: Action, decision: Decision) -> Decision:
+        """For a run whose policy judges models: a denial in place of a connection to a provider that
+        passes without inspection, where no model could be seen."""
+        if action.kind is not Kind.NET_CONNECT or decision.effect is Effect.DENY:
+            return decision
+        if _is_inspected(decision) or not self._may_be_provider(action):
+            return decision
+        reason = (
+            f"{action.target}: the policy has rules about models, and {decision.rule} lets this "
+            "connection to a provider pass without inspection, where no model can be seen; "
+            "inspect = true in the rule that allows the host would show it"
+        )
+        return replace(
+            decision, effect=Effect.DENY, rule="<not-inspected>", reason=reason, asked_by=()
+        )
+
     def judge(
         self, limits: tuple[Limit, ...], run: Run, action: Action, decision: Decision, now: float
     ) -> Decision:
@@ -111,8 +127,9 @@ class Limits:
                 return action.kind in NETWORK_KINDS
         if action.kind is Kind.LLM_REQUEST:
             return True
-        if action.kind not in NETWORK_KINDS:
-            return False
+        return action.kind in NETWORK_KINDS and self._may_be_provider(action)
+
+    def _may_be_provider(self, action: Action) -> bool:
         host = action.attributes.get("host")
         return self.prices.problem != "" or self.prices.is_provider(str(host))
 
@@ -203,12 +220,16 @@ def _unmeasured(limit: Limit, action: Action, decision: Decision) -> str:
     """Why what would be used could not be counted, or "". A limit that counts nothing is none."""
     if SECTION[limit.measure] != "llm" or action.kind is not Kind.NET_CONNECT:
         return ""
-    if any(o.name == "inspect" for o in decision.obligations):
+    if _is_inspected(decision):
         return ""
     return (
         f"{limit.ref} counts {limit.measure}, and {decision.rule} lets this connection pass without "
         "inspection, where nothing can be counted"
     )
+
+
+def _is_inspected(decision: Decision) -> bool:
+    return any(o.name == "inspect" for o in decision.obligations)
 
 
 def usage_of(attributes: Mapping[str, Any]) -> Usage:

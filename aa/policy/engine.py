@@ -94,6 +94,8 @@ class View:
     """Whether one of them does not."""
     limits: tuple[Limit, ...]
     secrets: tuple[Secret, ...]
+    judges_models: bool
+    """Whether the files that enforce say something about models."""
     models: bool
     """Whether requests to models are to be looked at."""
 
@@ -183,6 +185,10 @@ class Policy:
         """The limits of all files that apply to a run."""
         return self._view(run).limits
 
+    def judges_models(self, run: Run) -> bool:
+        """Whether files that bind a run say something about models."""
+        return self._view(run).judges_models
+
     def inspected(self) -> tuple[str, ...]:
         """The host patterns, and the ranges without one, that rules decrypt for any run."""
         found: set[str] = set()
@@ -211,19 +217,22 @@ class Policy:
         enforced = [(bit, f) for bit, f in applicable if f.mode is Mode.ENFORCE]
         every = _side(applicable)
         limits = tuple(limit for _, f in applicable for limit in f.limits)
-        models = any(r.llm is not None and r.bit & every.files for r in self.rules)
+        enforced_side = _side(enforced)
+        about_models = sum({r.bit for r in self.rules if r.llm is not None})
+        for bit, f in applicable:
+            if f.default(Section.LLM) != Effect.ALLOW.value:
+                about_models |= bit
         return View(
             files=tuple(f for _, f in applicable),
             bits=every.files,
-            enforced=_side(enforced),
+            enforced=enforced_side,
             every=every,
             observes=len(enforced) < len(applicable),
             enforces=bool(enforced),
             limits=limits,
             secrets=tuple(s for _, f in enforced for s in f.secrets),
-            models=models
-            or every.defaults[Section.LLM] != Effect.ALLOW.value
-            or any(limit.is_about_models for limit in limits),
+            judges_models=bool(about_models & enforced_side.files),
+            models=bool(about_models & every.files) or any(x.is_about_models for x in limits),
         )
 
     # -- from verdict to decision

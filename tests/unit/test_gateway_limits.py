@@ -219,6 +219,43 @@ def test_a_connection_in_which_nothing_can_be_counted_is_denied_under_a_model_li
     assert gateway.limits.judge(policy.limits(run), run, action, allow, NOON) is allow
 
 
+MODELS = """
+[policy]
+id = "models"
+default = { llm = "deny" }
+[[rule]]
+id = "web"
+effect = "allow"
+network = { hosts = ["example.org", "api.anthropic.com"] }
+[[rule]]
+id = "inspected"
+effect = "allow"
+network = { hosts = ["api.openai.com"], inspect = true }
+[[rule]]
+id = "small"
+effect = "allow"
+llm = { model = "claude-haiku-*" }
+"""
+
+
+def test_a_connection_in_which_no_model_can_be_seen_is_denied_where_rules_judge_models(
+    open_gateway: Open,
+) -> None:
+    gateway = open_gateway(MODELS)
+    run = start_run(gateway)
+    denied = connect(gateway, run, "api.anthropic.com")
+    assert (denied.effect, denied.rule) == (Effect.DENY, "<not-inspected>")
+    assert "inspect = true" in denied.reason
+    assert connect(gateway, run, "example.org").permits
+    assert connect(gateway, run, "api.openai.com").permits
+    watching = open_gateway(MODELS.replace('id = "models"', 'id = "models"\nmode = "observe"'))
+    assert connect(watching, start_run(watching), "api.anthropic.com").permits
+    silent = open_gateway(
+        MODELS.replace('llm = "deny"', 'dns = "deny"').split('[[rule]]\nid = "small')[0]
+    )
+    assert connect(silent, start_run(silent), "api.anthropic.com").permits
+
+
 def test_what_a_run_says_of_itself_is_not_counted(open_gateway: Open) -> None:
     gateway = open_gateway()
     run = start_run(gateway)
