@@ -210,9 +210,10 @@ Examples:
   aasm policy learn --run k3v9x2mq --log /srv/audit.jsonl --json
 
 The proposal allows what the run did and nothing else: the names and ports that it connected to, the
-requests that were inspected, the tools that it called. What a rule was against is left out and named
-in the file, and so is what no rule can say. It is for a person to read and change. It is never
-written into policy.d and never used by itself: copy it there when it says what you want.
+requests that were inspected, the tools, MCP servers and models that it called, the programs that it
+started, the folders that it wrote to. What a rule was against is left out and named in the file, and so
+is what failed and what no rule can say. It is for a person to read and change. It is never written into
+policy.d and never used by itself: copy it there when it says what you want.
 
 Exits with 1 when the log has nothing of the run."""
 )

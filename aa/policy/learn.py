@@ -4,22 +4,30 @@ The text is for a person to read: what a run did is not what it should have done
 loads, and every act it was made from is asked of it again; what it does not allow is named in it.
 Names are not generalised; a host's paths are when there are several, folders when there are several
 files in them.
+
+What the kernel layer saw becomes rules too: programs that were started, and folders that were written
+to. What was only read is not in the log, and stays up to the user's rights.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aa.config import folder_problem
 from aa.model import Effect, Kind, Run
 from aa.policy.address import Place
-from aa.policy.questions import Malformed, network_questions
-from aa.policy.host import InvalidHost
+from aa.policy.engine import Policy
+from aa.policy.questions import Malformed, llm_question, mcp_question, network_questions
+from aa.policy.host import InvalidHost, canonical_host
 from aa.policy.load import loads
+from aa.policy.pathname import AmbiguousPath, normal_path
 from aa.policy.replay import Question
+from aa.policy.sandbox import WRITABLE_ANYHOW
 from aa.tomlfile import InvalidFile
 
 Json = Any
@@ -27,6 +35,18 @@ Table = dict[str, Json]
 
 PATHS_LIMIT = 4
 """Paths of one host that are named one by one; with more the rule is about the host."""
+FILES_LIMIT = 3
+"""Programs of one folder, and folders in one folder, that are named one by one."""
+SYSTEM = (
+    "/bin",
+    "/sbin",
+    "/usr/bin",
+    "/usr/sbin",
+    "/usr/local/bin",
+    "/usr/local/sbin",
+    "/usr/games",
+)
+"""Folders whose programs are always named one by one: everything is in them."""
 NAMED_LIMIT = 200
 """Acts that a comment names; more are counted."""
 SHOWN = 120
@@ -34,16 +54,10 @@ SHOWN = 120
 
 NEVER = frozenset(("metadata", "unspecified", "multicast", "broadcast"))
 """Classes of addresses that no proposal opens, whatever was done: a person can."""
-_OUTSIDE = "it is outside of the folders that a run may write to"
-REMAINS = {
-    Kind.DNS_QUERY: "the name was resolved, but nothing was connected to by it",
-    Kind.FILE_OPEN: _OUTSIDE,
-    Kind.FILE_UNLINK: _OUTSIDE,
-    Kind.FILE_RENAME: _OUTSIDE,
-}
-"""Why a proposal does not allow an act that is no secret to it."""
-TOOL_NAME = re.compile(r"[^\x00-\x1f\x7f*?]{1,256}")
+PLAIN_NAME = re.compile(r"[^\x00-\x1f\x7f*?]{1,256}")
+PLAIN_PATH = re.compile(r"/[^\x00-\x1f\x7f*?]{0,4000}")
 
+NAMED = (Kind.TOOL_CALL, Kind.MCP_CALL, Kind.LLM_REQUEST)
 Dumps = Callable[[Table], str]
 
 
@@ -98,20 +112,24 @@ def propose(run: Run, questions: Iterable[Question], dumps: Dumps) -> Proposal:
             left[q.action.kind.value, q.action.target, why] += q.count
         else:
             done.append(q)
-    head = _head(run)
-    rules = [r for r in (*_network_rules(done), *_tool_rules(done)) if _loads(head, r, dumps)]
+    head = _head(run, done)
+    needed = _not_allowed_by(loads({"proposal": _text(head, [], dumps)}), done)
+    rules = [r for make in RULES for r in make(needed) if _loads(head, r, dumps)]
     policy = loads({"proposal": _text(head, rules, dumps)})
-    for q in done:
-        if policy.decide(q.run, q.action, now=q.now).permits:
-            allowed += q.count
-        else:
-            why = REMAINS.get(q.action.kind, "no rule of this version can say it")
-            left[q.action.kind.value, q.action.target, why] += q.count
+    allowed = sum(q.count for q in done)
+    for q in _not_allowed_by(policy, needed):
+        allowed -= q.count
+        why = "no rule, and no writable folder, can say it"
+        left[q.action.kind.value, q.action.target, why] += q.count
     named = sorted((Left(*what, count) for what, count in left.items()), key=_frequent)
     preface = _preface(run, total, allowed, named)
     text = "\n".join((*preface, "", _text(head, rules, dumps)))
     loads({"proposal": text})
     return Proposal(text, len(rules), total, allowed, tuple(named))
+
+
+def _not_allowed_by(policy: Policy, done: Sequence[Question]) -> list[Question]:
+    return [q for q in done if not policy.decide(q.run, q.action, now=q.now).permits]
 
 
 def _loads(head: Table, rule: Table, dumps: Dumps) -> bool:
@@ -131,6 +149,8 @@ def _refusal(q: Question) -> str:
     """Why an act is not to be allowed although it was done: somebody wrote a rule against it."""
     if q.effect is not Effect.ALLOW:
         return f"it was refused, by {q.rule}"
+    if q.seen and "error" in q.told:
+        return f"it failed: {q.told['error']}"
     if q.would in (Effect.DENY, Effect.ASK) and not q.rule.startswith("<"):
         return f"{q.rule} would {'deny it' if q.would is Effect.DENY else 'ask a person'}"
     return ""
@@ -147,8 +167,15 @@ def _unfit(q: Question) -> str:
         for n in questions:
             if n.place is not None and n.place.guard in NEVER:
                 return f"{n.place.text} is a {n.place.guard} address"
-    if kind is Kind.TOOL_CALL and not _is_text(q.action.target, TOOL_NAME):
-        return "the tool's name is not one that a rule can have"
+    try:
+        _ = mcp_question(q.action) if kind is Kind.MCP_CALL else None
+        _ = llm_question(q.action) if kind is Kind.LLM_REQUEST else None
+    except Malformed as e:
+        return str(e)
+    if kind in NAMED and not _is_text(q.action.target, PLAIN_NAME):
+        return "its name is not one that a rule can have"
+    if q.seen and not _is_text(q.action.target, PLAIN_PATH):
+        return "its path is not one that a rule can have"
     return ""
 
 
@@ -216,8 +243,8 @@ def _one_host(end: _End) -> Table:
     network: Table = {"hosts": [end.host], "ports": [end.port]}
     if end.requests:
         network["methods"] = sorted({method for method, _ in end.requests})
-        paths = sorted({path for _, path in end.requests})
-        if len(paths) <= PATHS_LIMIT and all(_plain_path(path) for path in paths):
+        paths = _normal_paths(path for _, path in end.requests)
+        if paths is not None and len(paths) <= PATHS_LIMIT:
             network["paths"] = paths
     else:
         network |= _protocol(end.protocol)
@@ -226,8 +253,13 @@ def _one_host(end: _End) -> Table:
     return network
 
 
-def _plain_path(path: str) -> bool:
-    return path.startswith("/") and not re.search(r"[*?\[\]{}\\%\x00-\x20\x7f]", path)
+def _normal_paths(paths: Iterable[str]) -> list[str] | None:
+    """Paths as a rule has them; None when one of them is not to be named."""
+    try:
+        found = sorted({normal_path(path) for path in paths})
+    except AmbiguousPath:
+        return None
+    return None if any(re.search(r"[*?#%\x00-\x20\x7f]", path) for path in found) else found
 
 
 def _range(p: Place) -> str:
@@ -238,13 +270,121 @@ def _protocol(protocol: str) -> Table:
     return {"protocol": protocol} if protocol else {}
 
 
-# -- tools -------------------------------------------------------------------------------------
+def _name_rules(done: Sequence[Question]) -> Iterator[Table]:
+    """Names that were resolved and not connected to: those that were need no rule of their own."""
+    hosts = {end.host for end in _ends(done)}
+    asked = {q.action.target.rstrip(".").lower() for q in done if q.action.kind is Kind.DNS_QUERY}
+    names = sorted(name for name in asked - hosts if _is_name(name))
+    if names:
+        yield _rule("resolved-only", "dns", {"names": names})
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return not canonical_host(name).is_address
+    except InvalidHost:
+        return False
+
+
+# -- tools, MCP servers and models -------------------------------------------------------------
 
 
 def _tool_rules(done: Sequence[Question]) -> Iterator[Table]:
     names = sorted({q.action.target for q in done if q.action.kind is Kind.TOOL_CALL})
     if names:
         yield _rule("tools", "tool", {"names": names})
+
+
+def _mcp_rules(done: Sequence[Question]) -> Iterator[Table]:
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for q in done:
+        if q.action.kind is Kind.MCP_CALL:
+            asked = mcp_question(q.action)
+            found[asked.server, asked.method] |= {asked.tool} - {""}
+    for (server, method), tools in sorted(found.items()):
+        matcher: Table = {"server": server, "method": method}
+        yield _rule(f"mcp-{server}", "mcp", matcher | ({"tool": sorted(tools)} if tools else {}))
+
+
+def _model_rules(done: Sequence[Question]) -> Iterator[Table]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for q in done:
+        if q.action.kind is Kind.LLM_REQUEST:
+            asked = llm_question(q.action)
+            found[asked.provider].add(asked.model)
+    for provider, models in sorted(found.items()):
+        yield _rule(f"models-{provider}", "llm", {"provider": provider, "model": sorted(models)})
+
+
+# -- programs and files ------------------------------------------------------------------------
+
+
+def _program_rules(done: Sequence[Question]) -> Iterator[Table]:
+    """A program by the path that it was asked for, and the file that the kernel ran for it."""
+    found: set[str] = set()
+    home = next((q.run.home for q in done), "")
+    for q in done:
+        if q.action.kind is Kind.EXEC:
+            found.add(q.action.target)
+            ran = q.told.get("exe")
+            if isinstance(ran, str) and _is_text(ran, PLAIN_PATH):
+                found.add(posixpath.normpath(ran))
+    by_folder: dict[str, set[str]] = defaultdict(set)
+    for path in found:
+        by_folder[posixpath.dirname(path)].add(path)
+    paths: set[str] = set()
+    for folder, programs in by_folder.items():
+        several = len(programs) > FILES_LIMIT and folder not in (*SYSTEM, "/")
+        paths |= {f"{folder}/**"} if several else programs
+    if paths:
+        yield _rule("programs", "exec", {"paths": sorted(_of_home(p, home) for p in paths)})
+
+
+def _writable(run: Run, done: Sequence[Question]) -> list[str]:
+    """The folders that were written to: `.`, and as few others as the rest is in."""
+    written: set[str] = set()
+    inside = False
+    for q in done:
+        if q.action.kind not in (Kind.FILE_OPEN, Kind.FILE_UNLINK, Kind.FILE_RENAME):
+            continue
+        for path in (q.action.target, q.action.attributes.get("to")):
+            if not isinstance(path, str) or _is_below(path, WRITABLE_ANYHOW):
+                continue
+            if run.directory and _is_below(path, (run.directory,)):
+                inside = True
+            elif not _is_below(
+                run.home, (posixpath.dirname(path),)
+            ):  # a home is never all writable
+                written.add(_of_home(posixpath.dirname(path), run.home))
+    folders = {folder for folder in _merged(written) if folder_problem(folder) is None}
+    return [*(["."] if inside or not folders else []), *sorted(folders)]
+
+
+def _merged(folders: set[str]) -> set[str]:
+    """With the folder around them where there are several in it, and without those in others."""
+    merged = set(folders)
+    while True:
+        around: dict[str, set[str]] = defaultdict(set)
+        for folder in merged:
+            around[posixpath.dirname(folder)].add(folder)
+        several = {
+            top: inner
+            for top, inner in around.items()
+            if len(inner) > FILES_LIMIT and folder_problem(top) is None
+        }
+        if not several:
+            break
+        for top, inner in several.items():
+            merged = merged - inner | {top}
+    return {f for f in merged if not any(f != top and _is_below(f, (top,)) for top in merged)}
+
+
+def _is_below(path: str, tops: Iterable[str]) -> bool:
+    return any(path == top or path.startswith(top.rstrip("/") + "/") for top in tops)
+
+
+def _of_home(path: str, home: str) -> str:
+    return f"~{path[len(home) :]}" if home.count("/") > 1 and path.startswith(home + "/") else path
 
 
 # -- the file ----------------------------------------------------------------------------------
@@ -255,16 +395,35 @@ def _rule(name: str, section: str, matcher: Table) -> Table:
     return {"id": id_, "effect": "allow", section: matcher}
 
 
-def _head(run: Run) -> Table:
+def _head(run: Run, done: Sequence[Question]) -> Table:
+    """With defaults that deny what the log tells of."""
+    kinds = {q.action.kind for q in done}
+    default = {"network": "deny", "dns": "deny", "tool": "deny", "mcp": "deny", "file": "sandbox"}
+    if Kind.LLM_REQUEST in kinds:
+        default["llm"] = "deny"
+    if Kind.EXEC in kinds:
+        default["exec"] = "deny"
     who = {"agents": [run.agent]} if run.agent else {"users": [run.user]}
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", run.id) or "run"
     return {
         "policy": {
             "id": f"learned-{name}"[:64],
             "applies_to": who,
-            "default": {"network": "deny", "dns": "deny", "tool": "deny", "mcp": "deny"},
-        }
+            "default": default,
+        },
+        "sandbox": {"writable": _writable(run, done)},
     }
+
+
+RULES: tuple[Callable[[Sequence[Question]], Iterator[Table]], ...] = (
+    _network_rules,
+    _name_rules,
+    _tool_rules,
+    _mcp_rules,
+    _model_rules,
+    _program_rules,
+)
+"""What makes the rules of a proposal of what a run did."""
 
 
 def _text(head: Table, rules: Sequence[Table], dumps: Dumps) -> str:
@@ -284,7 +443,8 @@ def _preface(run: Run, total: int, allowed: int, left: Sequence[Left]) -> Iterat
     yield "#"
     yield "# Read it before you use it: what an agent did is not what it should have done, and what"
     yield "# it did not do this time is denied. Nothing has been changed by writing this file."
-    yield "# Names are exact. A host with several paths is allowed as a whole."
+    yield "# Names are exact. A host with several paths, and a folder with several programs, is allowed"
+    yield "# as a whole. Reading files, and what a run without the layer `proxy` connects to, is not learned."
     yield "#"
     yield f"# It allows {allowed} of the {total} acts that it was made from."
     if left:

@@ -53,6 +53,8 @@ class Question:
     """What was answered; allow for what was only seen."""
     rule: str
     would: Effect | None
+    told: Mapping[str, Json] = field(default_factory=dict)
+    """Everything that the record says of the act."""
 
 
 class _LeftOut(Exception):
@@ -115,6 +117,7 @@ class Replay:
             effect=Effect(record["decision"]) if record["decision"] else Effect.ALLOW,
             rule=record["rule"],
             would=Effect(record["would"]) if record["would"] else None,
+            told=record["attributes"],
         )
 
     def _run(self, record: Record, kind: Kind) -> Run:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from aa.audit.record import Record
 from aa.model import Action, Effect, Kind, Run
 from aa.policy import Policy, loads
-from aa.policy.learn import NEVER, Proposal, propose
+from aa.policy.learn import FILES_LIMIT, NEVER, PATHS_LIMIT, Proposal, propose
 from aa.policy.replay import Question, Replay
-from tests.unit.policy_log import RUN, connect, decided, dns, started, tool, written
+from tests.unit.policy_log import RUN, connect, decided, dns, seen, started, tool, written
 
 OBSERVE = '[policy]\nid = "watch"\nmode = "observe"\n'
 AGAINST = """
@@ -138,10 +138,131 @@ def test_some_addresses_are_never_proposed(address: str) -> None:
     assert all(any(name in x.why for name in NEVER) for x in found.left)
 
 
-def test_a_name_that_was_only_resolved_is_named() -> None:
+def test_a_name_that_was_only_resolved_is_a_rule_of_its_own_and_opens_no_connection() -> None:
     found = proposed([*DONE, dns("lonely.example")])
-    assert [(x.target, x.count) for x in found.left] == [("lonely.example", 1)]
-    assert "lonely.example" in found.text
+    assert rules(found)["resolved-only"] == {"dns": {"names": ["lonely.example"]}}
+    assert effect(found, dns("lonely.example")) is Effect.ALLOW
+    assert effect(found, connect("lonely.example:443")) is Effect.DENY
+    assert "resolved-only" not in rules(proposed(DONE))
+
+
+# -- requests, MCP calls, models
+
+
+def request(method: str, path: str, host: str = "api.example") -> Action:
+    attributes = {
+        "host": host, "port": 443, "protocol": "tls", "addresses": ["93.184.216.34"],
+        "method": method, "path": path, "headers": {}, "http": "1.1",
+    }  # fmt: skip
+    return Action(Kind.HTTP_REQUEST, f"{host}:443", attributes)
+
+
+def test_requests_that_were_looked_into_are_methods_and_paths_of_a_host() -> None:
+    acts = [
+        connect("api.example:443"),
+        request("POST", "/v1/messages"),
+        request("GET", "/v1/a%2Db"),
+    ]
+    found = proposed(acts)
+    assert rules(found) == {
+        "api.example-443": {
+            "network": {
+                "hosts": ["api.example"],
+                "ports": [443],
+                "methods": ["GET", "POST"],
+                "paths": ["/v1/a-b", "/v1/messages"],
+            }
+        }
+    }
+    for act in acts:
+        assert effect(found, act) is Effect.ALLOW
+    assert effect(found, request("DELETE", "/v1/messages")) is Effect.DENY
+
+
+def test_a_host_with_several_paths_is_allowed_as_a_whole() -> None:
+    few = [request("GET", f"/{n}") for n in range(PATHS_LIMIT)]
+    assert rules(proposed(few))["api.example-443"]["network"]["paths"] == ["/0", "/1", "/2", "/3"]
+    assert effect(proposed(few), request("GET", "/other")) is Effect.DENY
+    several = [*few, request("GET", "/more")]
+    assert "paths" not in rules(proposed(several))["api.example-443"]["network"]
+    assert effect(proposed(several), request("GET", "/other")) is Effect.ALLOW
+    assert effect(proposed(several), request("POST", "/other")) is Effect.DENY
+
+
+def test_a_request_that_no_rule_can_name_is_about_the_host_or_left_out() -> None:
+    for path in ("/a*", "/a/../b", "/a%2fb", "/x?y"):
+        found = proposed([request("GET", path)])
+        assert found.allowed == 1 or found.left, path
+
+
+def test_mcp_calls_and_models_are_named_by_server_and_provider() -> None:
+    def call(server: str, tool: str) -> Action:
+        about = {"server": server, "method": "tools/call", "tool": tool}
+        return Action(Kind.MCP_CALL, f"{server}/{tool}", about)
+
+    model = Action(
+        Kind.LLM_REQUEST, "anthropic/claude-x", {"provider": "anthropic", "model": "claude-x"}
+    )
+    acts = [call("files", "read"), call("files", "list"), call("web", "get"), model]
+    found = proposed(acts, OBSERVE + 'default = { llm = "deny" }\n')
+    assert rules(found) == {
+        "mcp-files": {"mcp": {"server": "files", "method": "tools/call", "tool": ["list", "read"]}},
+        "mcp-web": {"mcp": {"server": "web", "method": "tools/call", "tool": ["get"]}},
+        "models-anthropic": {"llm": {"provider": "anthropic", "model": ["claude-x"]}},
+    }
+    assert found.allowed == 4
+    assert effect(found, call("web", "read")) is Effect.DENY
+    other = Action(Kind.LLM_REQUEST, "anthropic/dear", {"provider": "anthropic", "model": "dear"})
+    assert effect(found, other) is Effect.DENY
+
+
+# -- programs and files
+
+
+def of_seen(*records: Record, run: Run = RUN) -> Proposal:
+    questions = Replay().questions(written([started(run), *records]))
+    return propose(run, list(questions), tomli_w.dumps)
+
+
+def test_programs_are_named_one_by_one_where_everything_is_and_by_folder_elsewhere() -> None:
+    tools = [seen(Kind.EXEC, f"/home/dev/work/bin/tool{n}") for n in range(FILES_LIMIT + 1)]
+    system = [seen(Kind.EXEC, f"/usr/bin/{n}") for n in ("git", "sed", "awk", "cat", "env")]
+    script = seen(Kind.EXEC, "/opt/x/run", exe="/usr/bin/python3.11")
+    found = of_seen(*tools, *system, script)
+    assert rules(found)["programs"]["exec"]["paths"] == [
+        "/opt/x/run", "/usr/bin/awk", "/usr/bin/cat", "/usr/bin/env", "/usr/bin/git",
+        "/usr/bin/python3.11", "/usr/bin/sed", "~/work/bin/**",
+    ]  # fmt: skip
+    policy = loaded(found)
+    assert policy.files[0].defaults["exec"] == "deny"
+    assert policy.compile(RUN).share.executable[-1] == "~/work/bin/**"
+    assert (found.allowed, found.left) == (10, ())
+
+
+def test_without_a_record_of_programs_all_are_allowed_as_before() -> None:
+    assert "exec" not in loaded(proposed(DONE)).files[0].defaults
+
+
+def test_folders_that_were_written_to_are_writable_and_several_are_the_one_around_them() -> None:
+    cache = [f"/home/dev/.cache/pip/{n}/x" for n in range(FILES_LIMIT + 1)]
+    paths = ["/home/dev/work/a", "/tmp/x", "/dev/null", "/srv/out/a", "/home/dev/.npm/b", *cache]
+    found = of_seen(*(seen(Kind.FILE_OPEN, path, access="create") for path in paths))
+    assert loaded(found).writable(RUN) == (".", "/srv/out", "~/.cache/pip", "~/.npm")
+    assert found.left == ()
+
+
+def test_what_must_not_be_writable_is_left_out_and_named() -> None:
+    found = of_seen(
+        seen(Kind.FILE_OPEN, "/home/dev/.bashrc", access="write"),
+        seen(Kind.FILE_RENAME, "/home/dev/work/x", to="/etc/cron.d/x"),
+        seen(Kind.FILE_UNLINK, "/home/dev/work/y", error="EROFS"),
+    )
+    assert loaded(found).writable(RUN) == (".",)
+    assert {(x.target, x.why) for x in found.left} == {
+        ("/home/dev/.bashrc", "no rule, and no writable folder, can say it"),
+        ("/home/dev/work/x", "no rule, and no writable folder, can say it"),
+        ("/home/dev/work/y", "it failed: EROFS"),
+    }
 
 
 def test_a_comment_stays_one_whatever_an_agent_chose() -> None:
@@ -158,6 +279,18 @@ targets = st.text(max_size=30) | st.sampled_from(
 )
 actions = st.lists(
     st.builds(tool, targets)
+    | st.builds(request, st.sampled_from(["GET", "get", "X Y"]), st.text(max_size=8), targets)
+    | st.builds(
+        lambda server, tool_: Action(
+            Kind.MCP_CALL, f"{server}/{tool_}", {"server": server, "tool": tool_}
+        ),
+        targets,
+        targets,
+    )
+    | st.builds(
+        lambda model: Action(Kind.LLM_REQUEST, f"x/{model}", {"provider": "x", "model": model}),
+        targets,
+    )
     | st.builds(dns, targets)
     | st.builds(
         lambda host, port, protocol, addresses: Action(
