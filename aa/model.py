@@ -45,6 +45,9 @@ DECIDED = tuple(k for k in Kind if k not in (Kind.EXIT, Kind.RUN, Kind.GUARD))
 """What a policy answers; the other kinds are only recorded."""
 
 
+_KINDS: Mapping[str, Kind] = {kind.value: kind for kind in Kind}
+
+
 class Effect(enum.StrEnum):
     ALLOW = "allow"
     DENY = "deny"
@@ -111,6 +114,11 @@ class Action:
     @classmethod
     def from_json(cls, value: Json) -> Action:
         m = _mapping(value, "action")
+        kind, target, attributes = m.get("kind"), m.get("target"), m.get("attributes")
+        if type(kind) is str and type(target) is str and type(attributes) is dict:
+            known = _KINDS.get(kind)
+            if known is not None:  # as nearly always
+                return cls(known, target, attributes)
         return cls(
             kind=_enum(Kind, m, "kind"),
             target=_text(m, "target"),
@@ -162,12 +170,12 @@ class Decision:
 
     def as_json(self) -> dict[str, Json]:
         return {
-            "effect": self.effect.value,
+            "effect": self.effect._value_,  # `value` is a call
             "reason": self.reason,
             "rule": self.rule,
             "policy": self.policy,
-            "mode": self.mode.value,
-            "would": self.would.value if self.would else None,
+            "mode": self.mode._value_,
+            "would": self.would._value_ if self.would else None,
             "obligations": [o.as_json() for o in self.obligations],
             "approval": self.approval,
         }
