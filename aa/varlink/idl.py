@@ -61,6 +61,10 @@ class Interface:
             check = self._checks[method] = self._struct(self.methods[method].parameters)
         return check(parameters)
 
+    def wrong_field(self, struct: Type, values: Mapping[str, Json]) -> str | None:
+        """The same for a reply or an error of this interface."""
+        return self._struct(struct)(values)
+
     def _struct(self, t: Type) -> Callable[[Mapping[str, Json]], str | None]:
         """Names the first field of a value that does not fit."""
         names = t.fields.keys()
