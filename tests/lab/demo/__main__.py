@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks import measures
-from tests.lab.demo.run import AGENT, Outcome, attempt_all, configure, start
-from tests.lab.harness import Container, LabError
+from tests.lab.demo.run import AGENT, Outcome, Story, attempt_all, configure, start, tell_story
+from tests.lab.harness import Container, LabError, names
+from tests.lab.harness.__main__ import HERE as DEBIAN
 from tests.lab.harness.__main__ import newest_debs
 
 WIDTH = 190  # columns where the output is no terminal
@@ -75,6 +76,19 @@ def journal_entry(outcome: Outcome) -> str:
     return "NO RECORD" if outcome.attempt.target else "none: the sandbox refuses it in the kernel"
 
 
+def told(story: Story) -> Iterator[Text]:
+    """What the kernel layer saw inside TLS that nobody decrypted, and the timeline."""
+    yield Text(
+        f"\nWhat the kernel layer saw at the TLS library: {names.API} is not decrypted", "italic"
+    )
+    for record in story.seen:
+        yield Text(f"  {record['AA_SEQ']}: {record['MESSAGE'].partition(': ')[2]}")
+    if not story.seen:
+        yield Text("  NO RECORD", style="bold red")
+    yield Text(f"\naasm runs show {story.run} --timeline", style="italic")
+    yield Text(story.timeline)
+
+
 def measures_table(found: list[measures.Measure]) -> Table:
     table = Table(title="What it costs here (not asserted)", title_justify="left")
     table.add_column("measure")
@@ -95,19 +109,21 @@ def measure_all(box: Container) -> list[measures.Measure]:
 
 
 def play(box: Container) -> bool:
-    with step("installing the package with apt"):
-        box.install_deb(*newest_debs())
+    with step("installing the packages with apt"):
+        box.install_deb(*newest_debs(engine=DEBIAN))
         configure(box)
     with step("systemctl start aa-proxy"):
         start(box)
     with step("aasm run: the sample agent makes its attempts"):
         outcomes = attempt_all(box)
+    with step("aasm run: a shell that writes, fetches and removes"):
+        story = tell_story(box)
     with step("measuring"):
         found = measure_all(box)
-    console.print(attempts_table(outcomes), measures_table(found))
-    surprises = sum(not outcome.as_expected for outcome in outcomes)
+    console.print(attempts_table(outcomes), *told(story), measures_table(found))
+    surprises = sum(not outcome.as_expected for outcome in outcomes) + (not story.seen)
     console.print(
-        f"{len(outcomes)} attempts, {surprises} of them not as expected. "
+        f"{len(outcomes)} attempts and a story; {surprises} surprises. "
         "Nothing of this is left on the machine but Debian packages."
     )
     return surprises == 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.lab.harness import names
-from tests.lab.harness.container import AUTHORITY_INSIDE
 
 CURL = ["curl", "--silent", "--show-error", "--max-time", "8"]
 PYTHON = ["/usr/bin/python3", "-I", "-c"]
@@ -30,6 +29,18 @@ RING = (
     f"r = c.syscall({IO_URING_SETUP}, 4, ctypes.create_string_buffer(120)); "
     "print(os.strerror(ctypes.get_errno())); raise SystemExit(r < 0)"
 )
+CHAT = """
+import aiohttp, asyncio, sys
+async def main():
+    async with aiohttp.ClientSession() as session, session.ws_connect(sys.argv[1]) as chat:
+        await chat.send_str(sys.argv[2])
+        answer = await chat.receive(timeout=8)
+        print(answer.type.name, answer.data, answer.extra or "")
+        return answer.type is not aiohttp.WSMsgType.TEXT
+sys.exit(asyncio.run(main()))
+"""
+INSPECTED = f"{names.INSPECTED}:443"
+FORBIDDEN = "DROP TABLE users"
 CONNECT_UNIX = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print('connected')"
 
 
@@ -76,14 +87,7 @@ ATTEMPTS = (
     ),
     Attempt(
         "HTTPS by Node's fetch",
-        [
-            "env",
-            f"NODE_EXTRA_CA_CERTS={AUTHORITY_INSIDE}",
-            "node",
-            "-e",
-            FETCH,
-            f"https://{names.API}/node",
-        ],
+        ["node", "-e", FETCH, f"https://{names.API}/node"],
         True,
         f"{names.API}:443",
         _request(names.API, "/node"),
@@ -108,6 +112,34 @@ ATTEMPTS = (
         True,
         f"{names.API}:443",
         _request(names.API, "/explicit"),
+    ),
+    Attempt(
+        "inspected: an allowed path",
+        [*CURL, "--fail-with-body", f"https://{names.INSPECTED}/public/readme"],
+        True,
+        INSPECTED,
+        _request(names.INSPECTED, "/public/readme"),
+    ),
+    Attempt(
+        "inspected: another path of the same host",
+        [*CURL, "--fail-with-body", f"https://{names.INSPECTED}/private/keys"],
+        False,
+        INSPECTED,
+        _request(names.INSPECTED, "/private/keys"),
+    ),
+    Attempt(
+        "inspected: a WebSocket message",
+        [*PYTHON, CHAT, f"wss://{names.INSPECTED}/public/chat", "hello"],
+        True,
+        INSPECTED,
+        {"kind": "message", "text": "hello"},
+    ),
+    Attempt(
+        "inspected: a message with DROP TABLE",
+        [*PYTHON, CHAT, f"wss://{names.INSPECTED}/public/chat", FORBIDDEN],
+        False,
+        INSPECTED,
+        {"kind": "message", "text": FORBIDDEN},
     ),
     Attempt(
         "a name no rule allows",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.demo.attempts import ATTEMPTS, Attempt
-from tests.lab.harness import Container, Origins, eventually
+from tests.lab.harness import Container, Origins, eventually, names
+from tests.lab.trusting import await_signer
 
 HERE = Path(__file__).resolve().parent
 AGENT = "sample"
@@ -62,6 +63,41 @@ def configure(box: Container) -> None:
 def start(box: Container) -> None:
     """What an operator types. The proxy pulls in gateway, redirect and kernel layer."""
     box.systemctl("start", "aa-proxy", timeout=60).check()
+    await_signer(box, names.INSPECTED)
+
+
+STORY = (
+    "date > note; "
+    f"curl --silent https://{names.API}/undecrypted; "
+    f"curl --silent https://{names.INSPECTED}/public/story; "
+    "rm note"
+)
+STORY_KINDS = ("exec", "file.open", "file.unlink", "dns.query", "net.connect", "http.request")
+
+
+@dataclass(frozen=True)
+class Story:
+    """A short run, what the kernel layer saw inside its untouched TLS, and the run's timeline."""
+
+    run: str
+    seen: list[Record]
+    timeline: str
+
+
+def tell_story(box: Container) -> Story:
+    """One more run, of a shell; from it the request that was decrypted nowhere, and the timeline."""
+    cursor = box.journal_cursor()
+    box.run(
+        ["aasm", "run", "--agent", AGENT, "--", "sh", "-c", STORY], user="dev", cwd=WORK
+    ).check()
+    records = _records(box, cursor)
+    run = next(r["AA_RUN"] for r in records)
+    seen = [r for r in records if r["AA_KIND"] == "http.request" and r["AA_LAYER"] == "kernel"]
+    kinds = [word for kind in STORY_KINDS for word in ("--kind", kind)]
+    shown = box.run(
+        ["aasm", "runs", "show", run, "--timeline", *kinds], user="dev", env={"COLUMNS": "180"}
+    ).check()
+    return Story(run, seen, shown.out)
 
 
 def attempt_all(box: Container) -> list[Outcome]:

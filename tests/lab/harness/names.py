@@ -11,6 +11,8 @@ GIT = "git.allowed.test"
 V4_ONLY = "v4.allowed.test"
 V6_ONLY = "v6.allowed.test"
 WILDCARD = "any.wild.allowed.test"
+INSPECTED = "inspected.allowed.test"
+"""For policies that look inside: speaks WebSocket below /public/chat."""
 DENIED = "denied.test"
 OTHER = "other.test"
 MIXED = "mixed.allowed.test"
@@ -42,6 +44,7 @@ HOSTS = (
     Host(V4_ONLY, ("10.77.0.12",)),
     Host(V6_ONLY, (), ("fd77::13",)),
     Host(WILDCARD, ("10.77.0.10",), ("fd77::10",)),
+    Host(INSPECTED, ("10.77.0.14",), ("fd77::14",)),
     Host(DENIED, ("10.77.0.20",), ("fd77::20",)),
     Host(OTHER, ("10.77.0.21",), ("fd77::21",)),
     Host(MIXED, ("10.77.0.10", "127.0.0.1")),

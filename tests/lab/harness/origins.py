@@ -7,7 +7,9 @@ origins' certificates, made anew each time; DIRECTORY/ready appears when all of 
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import http.server
 import io
 import ipaddress
@@ -30,6 +32,8 @@ import dns.message
 import dns.rcode
 import dns.rdatatype
 import dns.rrset
+import wsproto.connection
+import wsproto.events
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,6 +49,7 @@ BODY_LIMIT = (
 CERTIFICATE_DAYS = 30
 GIT_PREFIX = "/project.git"
 DNS_TTL = 5  # seconds
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455
 
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 NEIGHBOUR_DISCOVERY = range(130, 138)  # ICMPv6 that a quiet link speaks by itself
@@ -203,7 +208,7 @@ class Certificates:
 
 class Web(http.server.BaseHTTPRequestHandler):
     """Answers every request with what it saw; /bytes/N with N bytes, /project.git with a repository,
-    and what package managers ask for with an index of one package."""
+    what package managers ask for with an index of one package, and a WebSocket with its own messages."""
 
     protocol_version = "HTTP/1.1"
     server: Listener
@@ -239,7 +244,9 @@ class Web(http.server.BaseHTTPRequestHandler):
             peer=self.client_address[0],
             port=self.server.server_address[1],
         )
-        if self.path.startswith(GIT_PREFIX):
+        if self.headers.get("Upgrade", "").lower() == "websocket":
+            self._websocket()
+        elif self.path.startswith(GIT_PREFIX):
             self._git(body)
         elif self.path in PAGES:
             self._send(200, *PAGES[self.path])
@@ -258,6 +265,28 @@ class Web(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _websocket(self) -> None:
+        """Says each message back until the client goes. Each is an event in the log."""
+        self.close_connection = True
+        key = self.headers.get("Sec-WebSocket-Key", "") + WEBSOCKET_GUID
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        self.send_response(101)
+        for name, value in (
+            ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        frames = wsproto.connection.Connection(wsproto.ConnectionType.SERVER)
+        while frames.state is wsproto.connection.ConnectionState.OPEN:
+            data = self.request.recv(65536)
+            frames.receive_data(data or None)
+            for event in frames.events():
+                if isinstance(event, wsproto.events.TextMessage):
+                    self.server.log.write("message", path=self.path, text=event.data)
+                    self.wfile.write(frames.send(wsproto.events.TextMessage(data=event.data)))
+                elif isinstance(event, wsproto.events.CloseConnection) and data:
+                    self.wfile.write(frames.send(event.response()))
 
     def _git(self, body: bytes) -> None:
         path, _, query = self.path.partition("?")
