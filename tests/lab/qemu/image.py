@@ -43,7 +43,7 @@ MACHINE = (
 # Programs that cases run as agents, and what the cases themselves are run with.
 PROGRAMS = (
     "curl", "git", "nodejs", "openssl", "netcat-openbsd", "socat", "iputils-ping", "strace", "bpftool", "psmisc",
-    "python3-pytest", "python3-pytest-timeout", "python3-cryptography", "tcpdump",
+    "python3-pytest", "python3-pytest-timeout", "python3-cryptography", "python3-wsproto", "tcpdump",
 )  # fmt: skip
 # What the root file system cannot be reached without, besides what the kernel has built in.
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
