@@ -20,8 +20,11 @@ EXPOSURE = 2.0
 
 @pytest.fixture
 def box(installed: Container) -> Iterator[Container]:
-    """With an authority in use, and the list of hosts as it was before, afterwards."""
-    installed.systemctl("start", SERVICE).check()
+    """With an authority in use, and the list of hosts as it was before, afterwards.
+
+    The gateway publishes its list when it starts, so it is up before a test writes another one.
+    """
+    installed.systemctl("start", "aa-gateway.service", SERVICE).check()
     before = installed.raw(["cat", HOSTS]).out
     yield installed
     if before:
