@@ -63,18 +63,27 @@ def connections(box: Container, *, agent: str, host: str = names.API) -> Iterato
 
 
 def memory(box: Container) -> Iterator[Measure]:
-    """Resident memory of each daemon's main process; PSS counts shared pages by share."""
+    """Resident memory of each daemon's main process, and of the proxy's inspection workers.
+
+    PSS counts shared pages by share.
+    """
     for daemon in DAEMONS:
         pid = box.show(f"{daemon}.service", "MainPID")["MainPID"]
         if pid == "0":
             yield Measure(f"memory of {daemon}", "not running", "")
             continue
-        sizes = _fields(box.raw(["cat", f"/proc/{pid}/smaps_rollup"]).check().out)
-        yield Measure(
-            f"memory of {daemon}",
-            f"{sizes['Rss'] / 1024:.1f} MiB",
-            f"PSS {sizes['Pss'] / 1024:.1f} MiB",
-        )
+        yield _memory_of(box, pid, daemon)
+        if daemon == "aa-proxy":
+            workers = box.raw(["cat", f"/proc/{pid}/task/{pid}/children"]).check().out.split()
+            for worker in workers:
+                yield _memory_of(box, worker, "an inspection worker")
+
+
+def _memory_of(box: Container, pid: str, name: str) -> Measure:
+    sizes = _fields(box.raw(["cat", f"/proc/{pid}/smaps_rollup"]).check().out)
+    return Measure(
+        f"memory of {name}", f"{sizes['Rss'] / 1024:.1f} MiB", f"PSS {sizes['Pss'] / 1024:.1f} MiB"
+    )
 
 
 def starts(box: Container, *, agent: str) -> Iterator[Measure]:
