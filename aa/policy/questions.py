@@ -114,7 +114,7 @@ def _same_target(target: str, name: str, port: int, places: Sequence[Place] | No
     """What is recorded must be what is decided."""
     written, number = _split_target(target)
     host = canonical_host(written)
-    same = host.text in {p.text for p in places} if places is not None else host.text == name
+    same = {host.text} == {p.text for p in places} if places is not None else host.text == name
     if not same or number not in (None, port):
         raise Malformed("the target names another host or port than the attributes")
 
