@@ -188,9 +188,9 @@ def loaded(world: World, *, files: bool) -> Iterator[Loader]:
 
 
 @contextlib.contextmanager
-def probed(world: World) -> Iterator[None]:
+def probed(world: World, *, together: bool) -> Iterator[None]:
     with loaded(world, files=False) as loader:
-        probes = Probes(OBJECTS, loader.shared_maps())
+        probes = Probes(OBJECTS, loader.shared_maps(), together=together)
         probes.open()
         try:
             for pattern in KNOWN_LIBRARIES[:1]:
@@ -269,7 +269,11 @@ def measures(rounds: int = ROUNDS) -> Iterator[Measure]:
             }
             yield from compare(bench, bench.calls, states, rounds)
             yield from compare(bench, bench.walk, states, rounds)
-            states = {"no probes": nothing, "with probes in libssl": lambda: probed(world)}
+            states = {
+                "no probes": nothing,
+                "with probes in libssl": lambda: probed(world, together=True),
+                "with probes in libssl, one by one": lambda: probed(world, together=False),
+            }
             yield from compare(bench, bench.tls, states, rounds)
     finally:
         world.close()

@@ -7,9 +7,11 @@ File descriptors that are returned belong to the caller.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,6 +107,43 @@ class _ProgInfo(ctypes.Structure):
     )
 
 
+class _ProgLoadOpts(ctypes.Structure):
+    """struct bpf_prog_load_opts as far as it is used."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("attempts", c_int),
+        ("expected_attach_type", c_uint32),
+    )
+
+
+class _UprobeMultiLink(ctypes.Structure):
+    """union bpf_attr of BPF_LINK_CREATE for BPF_TRACE_UPROBE_MULTI (Linux 6.6), which libbpf 1.1 does not know."""
+
+    _fields_ = (
+        ("prog_fd", c_uint32),
+        ("target_fd", c_uint32),
+        ("attach_type", c_uint32),
+        ("flags", c_uint32),
+        ("path", c_uint64),
+        ("offsets", c_uint64),
+        ("ref_ctr_offsets", c_uint64),
+        ("cookies", c_uint64),
+        ("cnt", c_uint32),
+        ("multi_flags", c_uint32),
+        ("pid", c_uint32),
+        ("_pad", c_uint32),
+    )
+
+
+_BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
+_LINK_CREATE = 28
+_PROGRAM_KPROBE = 2
+UPROBE_MULTI = 48
+"""BPF_TRACE_UPROBE_MULTI, the attach type of programs for `attach_uprobes`."""
+_MULTI_RETURN = 1
+_RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
+
 _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 SAMPLE = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 
@@ -157,6 +196,8 @@ _INT_CALLS: dict[str, tuple[Any, ...]] = {
     "bpf_map_lookup_batch": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "bpf_prog_test_run_opts": (c_int, c_void_p),
     "bpf_link__destroy": (c_void_p,),
+    "bpf_program__set_expected_attach_type": (c_void_p, c_uint32),
+    "bpf_prog_load": (c_uint32, c_char_p, c_char_p, c_void_p, c_size_t, c_void_p),
     "ring_buffer__consume": (c_void_p,),
     "ring_buffer__epoll_fd": (c_void_p,),
     "libbpf_num_possible_cpus": (),
@@ -250,6 +291,12 @@ class BpfObject:
         for name, program in self._each("program"):
             _library().bpf_program__set_autoload(program, name in wanted)
 
+    def set_attach_type(self, program: str, attach_type: int) -> None:
+        """What a program is to be attached as, where its section does not say. Before `load`."""
+        item = self.programs()[program]
+        what = f"attach type of {program}"
+        _int("bpf_program__set_expected_attach_type", what, item, attach_type)
+
     def pin_map(self, name: str, path: Path) -> None:
         """The map is to be the one pinned at `path`, or to be pinned there. Before `load`."""
         for found, item in self._each("map"):
@@ -311,6 +358,74 @@ class UprobeLink:
         if self._link:
             _library().bpf_link__destroy(self._link)
             self._link = 0
+
+
+class UprobesLink:
+    """Probes of one program in one file, until they are closed together."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def attach_uprobes(
+    program_fd: int, file: Path, offsets: Sequence[int], *, back: bool, cookie: int
+) -> UprobesLink:
+    """Puts a program of attach type `UPROBE_MULTI` at several instructions of a file, as `attach_uprobe` does.
+
+    Needs no capability beyond those for loading the program; a single probe goes through perf and
+    needs CAP_SYS_ADMIN.
+    """
+    path = ctypes.create_string_buffer(_path(file))
+    places = (c_uint64 * len(offsets))(*offsets)
+    cookies = (c_uint64 * len(offsets))(*[cookie] * len(offsets))
+    attributes = _UprobeMultiLink(
+        prog_fd=program_fd,
+        attach_type=UPROBE_MULTI,
+        path=ctypes.addressof(path),
+        offsets=ctypes.addressof(places),
+        cookies=ctypes.addressof(cookies),
+        cnt=len(offsets),
+        multi_flags=_MULTI_RETURN if back else 0,
+    )
+    size = ctypes.sizeof(attributes)
+    number = _BPF_SYSCALL.get(platform.machine(), -1)
+    fd = _libc().syscall(
+        ctypes.c_long(number), ctypes.c_long(_LINK_CREATE), ctypes.byref(attributes), c_size_t(size)
+    )
+    if fd < 0:
+        raise BpfError.of(f"{len(offsets)} probes in {file}")
+    return UprobesLink(int(fd))
+
+
+def has_uprobe_multi() -> bool:
+    """Whether this kernel takes `attach_uprobes`: it says so when it is asked for probes in a directory."""
+    options = _ProgLoadOpts(sz=ctypes.sizeof(_ProgLoadOpts), expected_attach_type=UPROBE_MULTI)
+    code = ctypes.create_string_buffer(_RETURN_0, len(_RETURN_0))
+    try:
+        program = _int(
+            "bpf_prog_load",
+            "load a program for many probes",
+            _PROGRAM_KPROBE,
+            b"aa_try",
+            b"GPL",
+            code,
+            len(_RETURN_0) // 8,
+            ctypes.byref(options),
+        )
+    except BpfError:
+        return False
+    try:
+        attach_uprobes(program, Path("/"), [0], back=False, cookie=0).close()
+    except BpfError as e:
+        return e.errno == errno.EBADF  # the way is known, and a directory is no program
+    finally:
+        os.close(program)
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from aa import cgroup, paths
 from aa.config import Config
 from aa.daemon import CannotStart, Daemon
-from aa.ebpf import events, libbpf, tables
+from aa.ebpf import capability, events, libbpf, tables
 from aa.ebpf.canary import Canary, Proof
 from aa.ebpf.events import Event, Exec, Exit, File, Files, MalformedRecord, Mapped, Net, Recorded
 from aa.ebpf.ledger import Ledger
@@ -99,9 +99,12 @@ class KernelLayer:
         """When a run that is observed was there last."""
         self._told_runs = False
         """Whether the gateway has told which runs there are; until then there may be some."""
+        self._probes_together = False
         self._boot = _boot_time()
         self.tls = Capture(
-            lambda: Probes(settings.objects, self.loader.shared_maps()),
+            lambda: Probes(
+                settings.objects, self.loader.shared_maps(), together=self._probes_together
+            ),
             runs=lambda: self.runs,
             run_of=self._run_of,
             cgroups=settings.slices.root,
@@ -147,6 +150,10 @@ class KernelLayer:
             self.loader.open()
         except (cgroup.NoUnifiedCgroup, NoPinDirectory, AlreadyRunning) as e:
             raise CannotStart(str(e)) from e
+        self._probes_together = libbpf.has_uprobe_multi()
+        if self._probes_together:
+            # Older kernels want it for each probe in a library, newer ones for nothing that we do.
+            capability.give_up(capability.SYS_ADMIN)
         try:
             self.loader.load(self._settings.ends)
             self._told = Told(self.loader)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import grp
-import inspect
 import os
 import pwd
 import time
@@ -98,19 +97,21 @@ def _typed_errors(interface: str, function: Callable[..., Any]) -> Method:
     @functools.wraps(function)
     def call(call: Call) -> Any:
         try:
-            return function(call)
+            result = function(call)
         except Exception as e:
             raise convert(e) from e
+        if asyncio.iscoroutine(result):
+            return waiting(result)
+        return result
 
-    @functools.wraps(function)
-    async def waiting(call: Call) -> Reply:
+    async def waiting(result: Any) -> Reply:
         try:
-            reply: Reply = await function(call)
+            reply: Reply = await result
         except Exception as e:
             raise convert(e) from e
         return reply
 
-    return waiting if inspect.iscoroutinefunction(function) else call
+    return call
 
 
 def _service(product: str, interface: str, methods: dict[str, Callable[..., Any]]) -> Service:
@@ -404,9 +405,9 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
         told = explanation.as_json()
         return {"decision": told["decision"], "steps": told["steps"]}
 
-    async def reload(call: Call) -> Reply:
+    def reload(call: Call) -> Reply:
         gateway.reload_config()
-        problems = [*gateway.config_problems, *await gateway.source.reload_beside()]
+        problems = [*gateway.config_problems, *gateway.source.reload()]
         if problems:
             raise VarlinkError(
                 "io.agentassembly.Control.PolicyInvalid",
@@ -432,7 +433,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             raise ApprovalUnknown(f"no approval {call.parameters['id']}")
         return {"approval": found.as_json()}
 
-    async def answer(call: Call, *, yes: bool) -> Reply:
+    async def answer(call: Call, yes: bool) -> Reply:
         p = call.parameters
         async with asyncio.timeout(OPERATOR_SECONDS):  # a user database may be slow
             operator = await asyncio.to_thread(operator_of, call.peer.uid)
@@ -509,8 +510,8 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "ShowLimits": show_limits,
             "ListApprovals": list_approvals,
             "GetApproval": get_approval,
-            "Approve": functools.partial(answer, yes=True),
-            "Deny": functools.partial(answer, yes=False),
+            "Approve": lambda call: answer(call, True),
+            "Deny": lambda call: answer(call, False),
             "WatchApprovals": watch_approvals,
             "GetTimeline": timeline,
             "TailAudit": tail,
@@ -571,10 +572,7 @@ def _explained_run(gateway: Gateway, parameters: dict[str, Any]) -> Run:
 
 
 def _layer(text: str) -> Layer:
-    layer = _LAYERS.get(text)
-    if layer is None:
-        raise MalformedValue(f"layer {text!r} is not one")
-    return layer
-
-
-_LAYERS = {layer.value: layer for layer in Layer}
+    try:
+        return Layer(text)
+    except ValueError:
+        raise MalformedValue(f"layer {text!r} is not one") from None

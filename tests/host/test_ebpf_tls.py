@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from aa.ebpf import capability, libbpf
+from aa.ebpf.libbpf import Ring
+from aa.ebpf.tls import records
+from aa.ebpf.tls.probes import Probes
 from aa.model import Kind, Layer, RecordType, Report
 from tests.host.ebpf_gateway import Gateway
 from tests.host.ebpf_world import OBJECTS, PRELUDE, SERVER4, World, eventually, ids, sh
@@ -471,6 +475,93 @@ def test_what_does_not_fit_is_counted(world: World, gateway: Gateway, run: Path)
 
     assert eventually(counted, seconds=SECONDS), gateway.statuses[-1]
     assert gateway.rung == "cgroup"
+
+
+def test_the_service_gives_up_what_this_kernel_does_not_want_for_probes(
+    world: World, gateway: Gateway, run: Path
+) -> None:
+    pids = (world.outside / "cgroup.procs").read_text().split()
+    (status,) = (
+        text
+        for pid in pids
+        if "ebpf_service.py" in Path(f"/proc/{pid}/cmdline").read_text()
+        and (text := Path(f"/proc/{pid}/status").read_text())
+    )
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    assert bool(effective >> capability.SYS_ADMIN & 1) is not libbpf.has_uprobe_multi()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_probes_see_the_same_put_in_together_or_one_by_one(together: bool, tmp_path: Path) -> None:
+    """Together is for Linux 6.6 and later; Debian 12 has the other way alone."""
+    assert libbpf.has_uprobe_multi() or not together
+    world = World.make("v")
+    loader = world.loader()
+    probes = Probes(OBJECTS, loader.shared_maps(), together=together)
+    seen: list[records.Data] = []
+    try:
+        probes.open()
+        own = own_openssl(tmp_path)
+        with own.open("rb") as file:
+            assert probes.attach(file.fileno(), str(own)) is not None
+            again = probes.attach(file.fileno(), str(own))
+            assert again is not None and again.number == 1
+        ring = Ring(probes.ring_fd, lambda raw: bool(seen.append(records.decode(raw))) or True)
+        run = world.run_dir(world.local)
+        world.python(run, MEMORY_OPENSSL, str(own))
+        assert eventually(lambda: ring.consume() and len(seen) >= 2)
+        first, last = seen
+        assert first.data.startswith(b"GET /memory HTTP/1.1") and first.from_start
+        assert last.ended and last.offset == len(first.data)
+        assert first.library == 1
+        ring.close()
+        probes.detach_all()
+        world.python(run, MEMORY_OPENSSL, str(own))
+        assert probes.counts().events == 2
+    finally:
+        probes.close()
+        loader.close()
+        world.close()
+
+
+MEMORY_OPENSSL = """
+import ctypes
+L = ctypes.CDLL(sys.argv[1])
+C = ctypes.CDLL("libcrypto.so.3", mode=ctypes.RTLD_GLOBAL)
+def call(library, name, *arguments):
+    function = getattr(library, name)
+    function.restype = ctypes.c_void_p
+    return function(*(ctypes.c_void_p(a) if isinstance(a, int) and a > 1 << 31 else a for a in arguments))
+def context(method):
+    c = call(L, "SSL_CTX_new", call(L, method))
+    call(L, "SSL_CTX_ctrl", c, 123, 0x303, None)  # at least TLS 1.2
+    call(L, "SSL_CTX_ctrl", c, 124, 0x303, None)  # and no more: it knows suites without certificates
+    assert L.SSL_CTX_set_cipher_list(ctypes.c_void_p(c), b"ADH-AES256-GCM-SHA384:@SECLEVEL=0")
+    if "server" in method:
+        call(L, "SSL_CTX_ctrl", c, 118, 1, None)  # parameters by itself
+    return c
+ends = []
+there, back = (call(C, "BIO_new", call(C, "BIO_s_mem")) for _ in range(2))
+for method, read, write, state in (
+    ("TLS_client_method", back, there, "SSL_set_connect_state"),
+    ("TLS_server_method", there, back, "SSL_set_accept_state"),
+):
+    s = call(L, "SSL_new", context(method))
+    for bio in (read, write):
+        C.BIO_up_ref(ctypes.c_void_p(bio))
+    call(L, "SSL_set_bio", s, read, write)
+    call(L, state, s)
+    ends.append(ctypes.c_void_p(s))
+for _ in range(8):
+    for end in ends:
+        L.SSL_do_handshake(end)
+head = b"GET /memory HTTP/1.1\\r\\nHost: site.test\\r\\n\\r\\n"
+assert L.SSL_write(ends[0], head, len(head)) == len(head), "no handshake"
+got = ctypes.create_string_buffer(100)
+assert L.SSL_read(ends[1], got, 100) == len(head)
+for end in ends:
+    L.SSL_free(end)
+"""
 
 
 def test_a_fault_of_it_leaves_the_guard_and_is_told(tmp_path: Path) -> None:

@@ -77,5 +77,12 @@ def records(box: Container, **fields: str) -> list[dict[str, Any]]:
     return [r for r in found if all(str(r[k]) == v for k, v in fields.items())]
 
 
+def timeline(box: Container, run: str) -> list[dict[str, Any]]:
+    """What one run did, as an operator asks for it."""
+    done = box.raw(["aasm", "runs", "show", run, "--timeline", "--json"]).check()
+    told: list[dict[str, Any]] = json.loads(done.out)["records"]
+    return told
+
+
 def last_sequence(box: Container) -> int:
     return max((r["seq"] for r in records(box)), default=0)

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.lab.guarded import (
     guard,
     last_sequence,
     records,
+    timeline,
 )
 from tests.lab.harness import Container, eventually
 from tests.lab.harness.__main__ import newest_debs
@@ -366,6 +368,60 @@ def test_exec_and_connect_are_in_the_audit_with_the_right_run(box: Container) ->
     eventually(seen, what=f"exec and connect of run {run} are recorded")
     argv = [r["attributes"].get("argv") for r in records(box, run=run, kind="exec")]
     assert any(f"https://{API}/seen" in (a or []) for a in argv)
+
+
+def test_the_timeline_tells_a_run_in_order(box: Container) -> None:
+    """Exec, file, connection, request and plaintext, each with what is known of it."""
+    script = (
+        "echo $AA_RUN; echo one > notes; mv notes kept; "
+        f"curl -sS --max-time 10 'https://{API}/story?token=secret' >/dev/null; rm kept; sleep 2"
+    )
+    run = governed(box, script, agent="both").check().out.strip()
+
+    def story() -> list[tuple[str, str, str]]:
+        return [(r["type"], r["kind"], r["target"]) for r in timeline(box, run)]
+
+    notes, kept = f"{WORK}/notes", f"{WORK}/kept"
+    wanted = [
+        ("observed", "exec", "/bin/sh"),
+        ("observed", "file.open", notes),
+        ("observed", "file.rename", notes),
+        ("decision", "dns.query", API),
+        ("decision", "net.connect", f"{API}:443"),
+        ("observed", "http.request", f"https://{API}/story"),
+        ("observed", "file.unlink", kept),
+    ]
+    eventually(lambda: set(wanted) <= set(story()), what=f"{wanted} in {story()}")
+    found = story()
+    assert sorted(wanted, key=found.index) == wanted, found
+    told = timeline(box, run)
+    assert [r["time"] for r in told] == sorted(r["time"] for r in told)
+    (seen,) = (r for r in told if r["target"] == f"https://{API}/story")
+    assert seen["attributes"]["source"] == "tls-probe" and seen["attributes"]["decided"] is True
+    assert "secret" not in json.dumps(told)
+    (renamed,) = (r for r in told if r["kind"] == "file.rename")
+    assert renamed["attributes"]["to"] == kept and "error" not in renamed["attributes"]
+    shown = box.raw(["aasm", "runs", "show", run, "--timeline", "--kind", "http.request"]).check()
+    assert "plaintext" in shown.out and "/story" in shown.out and "notes" not in shown.out
+
+
+def test_a_request_under_another_name_raises_an_alert(box: Container) -> None:
+    """Fronting: the connection was decided for one host, what was sent through it is for another."""
+    honest = f"curl -sS --max-time 10 https://{API}/honest >/dev/null"
+    script = (
+        f"echo $AA_RUN; {honest}; "
+        f"curl -sS --max-time 10 -H 'Host: hidden.test' https://{API}/fronted >/dev/null; sleep 2"
+    )
+    run = governed(box, script, agent="both").check().out.strip()
+
+    def requests() -> dict[str, Any]:
+        of_run = records(box, run=run, kind="http.request", type="observed")
+        return {r["target"]: r["attributes"].get("decided") for r in of_run}
+
+    wanted = {f"https://{API}/honest": True, "https://hidden.test/fronted": False}
+    eventually(lambda: requests() == wanted, what=f"{wanted} and {requests()}")
+    (alert,) = records(box, run=run, type="alert")
+    assert "hidden.test" in alert["reason"] and alert["attributes"]["comm"] == "curl"
 
 
 # -- 8. an invalid file changes nothing

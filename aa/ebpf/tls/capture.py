@@ -49,6 +49,8 @@ RESCAN_SECONDS = 10.0
 """Between two looks at all processes of all runs."""
 PREPARE_SECONDS = 5.0
 """How long a starting run waits for the probes."""
+RETRY_SECONDS = 10.0
+"""Between two attempts when the known libraries cannot be probed; a run that starts makes one of its own."""
 LINGER_SECONDS = 30.0
 """How long the probes stay after the last run."""
 STUCK_SECONDS = 20.0
@@ -205,11 +207,18 @@ class Capture:
             async with asyncio.timeout(PREPARE_SECONDS):
                 await self._opened.wait()
                 await self._attach_known()
+            self.problem = ""
         except TimeoutError:
-            self.problem = "the probes for TLS plaintext take too long to be put in place"
+            self._trouble("the probes for TLS plaintext take too long to be put in place")
         except OSError as e:
-            self.problem = f"the known TLS libraries cannot be probed: {e}"
-            log.error("%s", self.problem)
+            self._trouble(f"the known TLS libraries cannot be probed: {e}")
+
+    def _trouble(self, text: str) -> None:
+        """Something that may be over at the next attempt; told once."""
+        if self.problem != text:
+            self.problem = text
+            log.error("%s", text)
+            self._alert(text)
 
     def noticed(self, event: Event) -> None:
         """An event of the kernel layer's own ring."""
@@ -377,7 +386,7 @@ class Capture:
     # -- libraries
 
     async def _look_often(self) -> None:
-        rescan = 0.0
+        rescan = retry = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
@@ -388,8 +397,9 @@ class Capture:
             runs = [run for run in self._runs() if Layer.KERNEL in run.layers and run.cgroup]
             if runs:
                 self._needed = now
-                if not self._attached:
+                if not self._attached and now >= retry:
                     await self.prepare()
+                    retry = time.monotonic() + RETRY_SECONDS
                 if now >= rescan:
                     rescan = now + RESCAN_SECONDS
                     await self._rescan(runs)

@@ -7,20 +7,21 @@ Nothing is pinned: without a reader of the ring they would be of no use.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aa.ebpf import libbpf, tables
-from aa.ebpf.libbpf import BpfError, BpfObject, UprobeLink
+from aa.ebpf.libbpf import BpfError, BpfObject, UprobeLink, UprobesLink
 from aa.ebpf.tls import elf, records
 from aa.ebpf.tls.records import Count, Totals
 
 OBJECT = "tls.bpf.o"
 
 MAX_LIBRARIES = 24
-"""Files with probes at one time; each takes up to 22 descriptors."""
+"""Files with probes at one time; each takes up to 8 descriptors, or 22 before Linux 6.6."""
 MAX_NUMBERED = 4096
 """Libraries whose path is remembered for late records."""
 
@@ -75,14 +76,19 @@ class TooManyLibraries(Exception):
 class Library:
     number: int
     path: str
-    links: list[UprobeLink] = field(default_factory=list)
+    links: list[UprobeLink | UprobesLink] = field(default_factory=list)
 
 
 class Probes:
     """The TLS programs in the kernel, and the files they sit in. For one thread."""
 
-    def __init__(self, objects: Path, maps: dict[str, Path]) -> None:
-        """`maps`: the loader's pinned maps that the programs share, by name."""
+    def __init__(self, objects: Path, maps: dict[str, Path], *, together: bool) -> None:
+        """`maps`: the loader's pinned maps that the programs share, by name.
+
+        `together`: whether the kernel takes several probes at once (`libbpf.has_uprobe_multi`);
+        one by one they need CAP_SYS_ADMIN.
+        """
+        self._together = together
         self._path = objects / OBJECT
         self._shared = maps
         self._object: BpfObject | None = None
@@ -97,7 +103,12 @@ class Probes:
         try:
             for name, path in self._shared.items():
                 opened.pin_map(name, path)
+            if self._together:
+                for program in PROGRAMS:
+                    opened.set_attach_type(program, libbpf.UPROBE_MULTI)
             opened.load()
+            for program in PROGRAMS:
+                self._fds[program] = opened.program_fd(program)
             for name in ("aa_tls_events", "aa_tls_sessions", "aa_tls_counts"):
                 self._fds[name] = opened.map_fd(name)
         except BaseException:
@@ -149,11 +160,11 @@ class Probes:
             raise TooManyLibraries(f"{path}: probes sit in {MAX_LIBRARIES} files already")
         library = Library(self._number(path), path)
         try:
-            for point in points:
-                library.links.append(self._link(point, fd, offsets[point.symbol], library.number))
-        except BpfError:
+            self._put(library, fd, points, offsets)
+        except BpfError as e:
             self._detach(library)
-            raise
+            number = e.errno or errno.EIO  # and not libbpf's words, which name a descriptor
+            raise BpfError(number, f"no probes in {path}: {os.strerror(number)}") from e
         self._libraries[identity] = library
         return library
 
@@ -164,13 +175,29 @@ class Probes:
             del self._paths[min(self._paths)]
         return number
 
-    def _link(self, point: Point, fd: int, offset: int, number: int) -> UprobeLink:
+    def _put(
+        self, library: Library, fd: int, points: Sequence[Point], offsets: Mapping[str, int]
+    ) -> None:
+        """Puts the probes into an open file. Raises `BpfError` with a part of them in place."""
         if self._object is None:
             raise BpfError(9, "the TLS programs are not loaded")
         # By descriptor: what was read is what is probed, whatever lies at the path now.
-        return self._object.attach_uprobe(
-            point.program, Path(f"/proc/self/fd/{fd}"), offset, back=point.back, cookie=number
-        )
+        file = Path(f"/proc/self/fd/{fd}")
+        for (program, back), same in _by_program(points).items():
+            places = [offsets[point.symbol] for point in same]
+            if self._together:
+                library.links.append(
+                    libbpf.attach_uprobes(
+                        self._fds[program], file, places, back=back, cookie=library.number
+                    )
+                )
+                continue
+            for place in places:
+                library.links.append(
+                    self._object.attach_uprobe(
+                        program, file, place, back=back, cookie=library.number
+                    )
+                )
 
     @staticmethod
     def _detach(library: Library) -> None:
@@ -190,3 +217,11 @@ class Probes:
     def totals(self, key: bytes) -> Totals | None:
         raw = libbpf.map_lookup(self._fds["aa_tls_sessions"], key, records.SESSION.size)
         return Totals.unpack(raw) if raw else None
+
+
+def _by_program(points: Iterable[Point]) -> dict[tuple[str, bool], list[Point]]:
+    """In the order of the points: at a return first, so that no entry is seen without its return."""
+    found: dict[tuple[str, bool], list[Point]] = {}
+    for point in sorted(points, key=lambda point: not point.back):
+        found.setdefault((point.program, point.back), []).append(point)
+    return found
