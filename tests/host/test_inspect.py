@@ -356,6 +356,22 @@ def test_events_come_when_they_are_sent(w: InspectingWorld) -> None:
     assert times[1] - times[0] > 0.2 and times[2] - times[1] > 0.2  # 0.4 s apart at the origin
 
 
+def test_small_answers_do_not_wait_for_acknowledgements(w: InspectingWorld) -> None:
+    """Headers and body are two writes; where the kernel held the second back each took 40 ms."""
+    w.gateway.rules["allowed.test"] = requests(by_path)
+    script = (
+        "import http.client, socket, ssl, sys, time\n"
+        "c = ssl.create_default_context(cafile=sys.argv[1])\n"
+        "h = http.client.HTTPSConnection('allowed.test', context=c)\n"
+        "h._create_connection = lambda a, *k: socket.create_connection((sys.argv[2], 443), 5)\n"
+        "began = time.monotonic()\n"
+        "for _ in range(100):\n"
+        "    h.request('GET', '/x'); h.getresponse().read()\n"
+        "print(time.monotonic() - began)\n"
+    )
+    assert float(w.python(script, str(w.root), _address(w))) < 3.5
+
+
 def test_an_answer_without_a_length_ends_properly(w: InspectingWorld) -> None:
     w.gateway.rules["allowed.test"] = requests(by_path)
     for url in ("http://allowed.test/until-end", "https://allowed.test/trailers"):

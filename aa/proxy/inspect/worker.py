@@ -84,6 +84,8 @@ class Worker:
     async def live(self) -> None:
         self._trusted.prepare()
         listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+        # asyncio sets this only for sockets whose protocol was named when they were made
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = await asyncio.start_server(self._serve, sock=listener)
         self._loop.add_reader(self._channel.fileno(), self._read)
         gc.collect()
