@@ -124,6 +124,8 @@ class Search:
             if matched and n.content and not n.inspects:
                 matched = False
                 whys.append("it decides requests, where another rule inspects the connection")
+            elif matched and n.looks:
+                whys.append("it inspects, and asks about what another rule lets through")
             elif matched and n.inspects:
                 whys.append("it inspects: each request is decided by itself")
             if matched and alone and rule.effect is not Effect.DENY:
@@ -158,7 +160,7 @@ class Search:
             assert n is not None
             matched = _names(rule, name)
             why = f"its hosts match {name}" if matched else f"its hosts do not match {name}"
-            if matched and n.content and not n.inspects:
+            if matched and n.content and (n.looks or not n.inspects):
                 matched, why = False, f"it decides requests to {name}, not whether it is resolved"
             elif matched and rule.effect is Effect.DENY and not denies_whole_host(rule):
                 matched, why = False, f"it leaves some of {name} open, so the name may be resolved"

@@ -143,12 +143,14 @@ def weigh_connection(
             continue  # a denial by content, or a question about a body: it decides requests
         if rule.effect is _DENY:
             return Verdict(_DENY, rule, q.place)
-        if guarded and q.place is not None and q.place.named_by(matcher.ranges):
-            guarded = False
         asked = asked or rule.effect is _ASK
         if matcher.inspects:
             inspects, stated = True, stated or matcher.inspect
-        elif rule.effect is _ASK:
+        if matcher.looks:
+            continue  # it asks about what is in requests that another rule allows
+        if guarded and q.place is not None and q.place.named_by(matcher.ranges):
+            guarded = False
+        if rule.effect is _ASK and not matcher.inspects:
             asks += (rule,)
         if not matcher.hosts and not q.by_address:
             if rule.effect is _ASK and not matcher.content:
@@ -199,10 +201,11 @@ def weigh_request(
             return Verdict(effect, rule, q.place)
         matcher = rule.network
         assert matcher is not None
-        if guarded and q.place is not None and q.place.named_by(matcher.ranges):
-            guarded = False
         # A question about a body or a message is one about a request that another rule allows.
-        opens = (matcher.hosts or q.by_address) and not matcher.looks
+        looks = matcher.looks
+        if guarded and not looks and q.place is not None and q.place.named_by(matcher.ranges):
+            guarded = False
+        opens = (matcher.hosts or q.by_address) and not looks
         if effect is _ASK:
             asks += (rule,)
             if opens:
@@ -238,7 +241,9 @@ def weigh_name(network: Sequence[Rule], dns: Sequence[Rule], files: int, default
     allow: Rule | None = None
     for rule in network:
         matcher = rule.network
-        if not rule.bit & files or matcher is None or (matcher.content and not matcher.inspects):
+        if not rule.bit & files or matcher is None or matcher.looks:
+            continue
+        if matcher.content and not matcher.inspects:
             continue
         if rule.effect is _DENY:
             if denies_whole_host(rule):

@@ -17,6 +17,7 @@ SILENT = {
     "p/lifts",
     "p/www",
     "trial/paths",
+    "p/inner-attachments",
     "watching/keys",
     "p/hooks",
     "p/addresses",
