@@ -142,6 +142,17 @@ def show(as_json: bool) -> None:
             ],
             empty="no rules",
         )
+        stated = [*_pairs("default", file["default"]), *_pairs("sandbox", file["sandbox"])]
+        print_table(("key", "value"), stated)
+
+
+def _pairs(top: str, table: dict[str, Any]) -> list[tuple[str, str]]:
+    """The keys of a table that say something, as a file would have them."""
+    return [
+        (f"{top}.{key}", value if isinstance(value, str) else json.dumps(value))
+        for key, value in table.items()
+        if value not in (None, [])
+    ]
 
 
 def _action(kind: str, target: str, attributes: str, port: int | None) -> Action:

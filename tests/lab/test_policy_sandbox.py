@@ -240,6 +240,38 @@ def test_with_files_allowed_the_home_is_writable_and_the_system_is_not(box: Cont
     fails(box, "echo x > ~/new")
 
 
+# -- the template that people begin with
+
+
+def test_git_and_a_compiler_work_under_the_template_for_coding_agents(box: Container) -> None:
+    box.raw(["rm", "-f", POLICY_FILE]).check()
+    box.run(["aasm", "policy", "use", "coding-agent"]).check()
+    try:
+        shown = box.run(["aasm", "policy", "show"]).check().out
+        assert "no-persistence" in shown and "sandbox.read_only" in shown
+        project = f"{HOME}/project"
+        box.run(f"git init -q {project} && touch {project}/.envrc", user="dev").check()
+        done = run(
+            box,
+            "git config user.name; git -c user.name=a -c user.email=a@b.test commit -q --allow-empty -m x"
+            " && git checkout -q -b next && echo 'int main(void){return 0;}' > a.c && cc a.c -o a"
+            " && ./a && git add a.c && git status --short",
+            cwd=project,
+        ).check()
+        assert done.out == "A  a.c\n?? .envrc\n?? a\n", done
+        for command in (
+            "echo x > .git/hooks/pre-commit",
+            "git config core.hooksPath /tmp",
+            "echo x >> .envrc",
+            "echo x >> ~/.bashrc",
+            "cat ~/.ssh/id",
+            "su --version",
+        ):
+            assert run(box, command, cwd=project).code not in (0, 125), command
+    finally:
+        box.raw(["rm", "/etc/agent-assembly/policy.d/50-template.toml"]).check()
+
+
 # -- what a run may cost, and what no host of this version can do
 
 
