@@ -414,7 +414,8 @@ int BPF_PROG(aa_on_file, struct pt_regs *regs, long result)
 	if (len > sizeof(*record))
 		len = sizeof(*record); /* cannot be: each part above has its bound */
 	record->head.size = len;
-	if (bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_FILES ||
+	if ((bpf_ringbuf_query(&aa_events, BPF_RB_AVAIL_DATA) > AA_RING_FOR_FILES &&
+	     record->head.cgroup != config->canary) ||
 	    bpf_ringbuf_output(&aa_events, record, len, 0))
 		aa_add(&count->lost);
 	else

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -42,6 +43,9 @@ FIRST_PROOF_SECONDS = 8.0
 """How long a starting run may wait for the first canary."""
 LINGER_SECONDS = 30.0
 """How long file calls are still watched after the last run: it costs every task of the machine."""
+FRESH_PROOF_SECONDS = 8.0
+"""How long it waits for a further canary before it is refused."""
+MAX_BEGUN = 4096
 MAX_PROGRAMS_KNOWN = 4096
 """Processes whose program is remembered until they exit."""
 
@@ -85,6 +89,11 @@ class KernelLayer:
         self._proof: Proof | None = None
         self._proved = asyncio.Event()
         self._prove_now = asyncio.Event()
+        self._landed = asyncio.Event()
+        """Of the canary that flies now; the next has another."""
+        self._flights = 0
+        self._begun: OrderedDict[int, None] = OrderedDict()
+        """Runs of which an exec was seen; before that systemd makes their sandbox."""
         self._merger: Merger[Recorded] = Merger()
         self._detail = Detail()
         self._waiting = asyncio.Event()
@@ -204,10 +213,27 @@ class KernelLayer:
         self._account(self._ledger.read, event, count)
         self._remember(event)
         self.tls.noticed(event)
-        if isinstance(event, Mapped) or self.canary.saw(event.head.cgroup, event):
+        if (
+            isinstance(event, Mapped)
+            or self.canary.saw(event.head.cgroup, event)
+            or self._is_preparation(event)
+        ):
             self._account(self._ledger.dismiss, event, count)
         elif count:
             self._name(event, count, now)
+
+    def _is_preparation(self, event: Event) -> bool:
+        """Whether it is systemd that makes a run's sandbox, in the run's cgroup: that is over with
+        the first exec there, and no act of the run."""
+        cgroup_id = event.head.cgroup
+        if isinstance(event, Exec):
+            self._begun[cgroup_id] = None
+            if len(self._begun) > MAX_BEGUN:
+                self._begun.popitem(last=False)
+        if not isinstance(event, File) or cgroup_id in self._begun or not self.runs.synchronised:
+            return False
+        run = self._run_of(cgroup_id)
+        return run is None or run.state in (RunState.REGISTERED, RunState.STARTING)
 
     def _remember(self, event: Event) -> None:
         if isinstance(event, Exec) and event.head.pid:
@@ -403,6 +429,9 @@ class KernelLayer:
             self._proof = await self.canary.fly()
             self._judge()
             self._proved.set()
+            self._flights += 1
+            self._landed.set()
+            self._landed = asyncio.Event()
             pause = CANARY_SECONDS if not self.problems else CANARY_RETRY_SECONDS
             if before != self.rung:
                 self._tell()
@@ -418,6 +447,15 @@ class KernelLayer:
                 await self._proved.wait()
         except TimeoutError:
             log.warning("no canary has come back yet")
+
+    async def _prove_anew(self) -> None:
+        """Waits for a canary that is sent out after this call, for a while."""
+        under_way = self._flights + 1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FRESH_PROOF_SECONDS):
+                while self._flights <= under_way:
+                    self._prove_now.set()
+                    await self._landed.wait()
 
     def _judge(self) -> None:
         """The rung that is proved and in place now, and what keeps it from being higher."""
@@ -492,6 +530,9 @@ class KernelLayer:
         await self._first_proof()
         await self.tls.prepare()
         reason = self.verify(run)
+        if reason:  # what was not seen in a bad moment may be seen now
+            await self._prove_anew()
+            reason = self.verify(run)
         try:
             await confirm_run(run.id, COMPONENT, not reason, reason, socket=self._settings.gateway)
         except (*Unreachable, VarlinkError) as e:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -520,6 +521,9 @@ class World:
         self._started()
 
     def close(self) -> None:
+        if self.proxy_pid:  # it and its workers are children of nobody that ends with the lab
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.proxy_pid, signal.SIGKILL)
         self.gateway.close()
         self.peer.close()
 

@@ -424,6 +424,17 @@ def test_a_request_under_another_name_raises_an_alert(box: Container) -> None:
     assert "hidden.test" in alert["reason"] and alert["attributes"]["comm"] == "curl"
 
 
+def test_what_systemd_does_to_make_a_sandbox_is_no_act_of_the_run(box: Container) -> None:
+    run = governed(box, "echo $AA_RUN; echo > written", agent="both").check().out.splitlines()[0]
+
+    def files() -> list[str]:
+        found = [r for r in records(box, run=run) if r["kind"].startswith("file.")]
+        return [r["target"] for r in found]
+
+    eventually(lambda: any(f.endswith("/written") for f in files()), what="its own file is there")
+    assert not [f for f in files() if f.startswith("/run/systemd/") or "/namespace-dev-" in f]
+
+
 # -- 8. an invalid file changes nothing
 
 
