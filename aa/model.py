@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+NUMBER_LIMIT = 1 << 63
+"""Counts and times are below it."""
+
 E = TypeVar("E", bound=enum.StrEnum)
 
 Json = Any
@@ -43,6 +46,9 @@ class Kind(enum.StrEnum):
 
 DECIDED = tuple(k for k in Kind if k not in (Kind.EXIT, Kind.RUN, Kind.GUARD))
 """What a policy answers; the other kinds are only recorded."""
+
+
+_KINDS: Mapping[str, Kind] = {kind.value: kind for kind in Kind}
 
 
 class Effect(enum.StrEnum):
@@ -111,6 +117,11 @@ class Action:
     @classmethod
     def from_json(cls, value: Json) -> Action:
         m = _mapping(value, "action")
+        kind, target, attributes = m.get("kind"), m.get("target"), m.get("attributes")
+        if type(kind) is str and type(target) is str and type(attributes) is dict:
+            known = _KINDS.get(kind)
+            if known is not None:  # as nearly always
+                return cls(known, target, attributes)
         return cls(
             kind=_enum(Kind, m, "kind"),
             target=_text(m, "target"),
@@ -162,12 +173,12 @@ class Decision:
 
     def as_json(self) -> dict[str, Json]:
         return {
-            "effect": self.effect.value,
+            "effect": self.effect._value_,  # `value` is a call
             "reason": self.reason,
             "rule": self.rule,
             "policy": self.policy,
-            "mode": self.mode.value,
-            "would": self.would.value if self.would else None,
+            "mode": self.mode._value_,
+            "would": self.would._value_ if self.would else None,
             "obligations": [o.as_json() for o in self.obligations],
             "approval": self.approval,
         }
@@ -175,7 +186,9 @@ class Decision:
     @classmethod
     def from_json(cls, value: Json) -> Decision:
         m = _mapping(value, "decision")
-        would = m.get("would")
+        would, obligations = m.get("would"), m.get("obligations") or []
+        if not isinstance(obligations, list):
+            raise MalformedValue("obligations must be a list")
         return cls(
             effect=_enum(Effect, m, "effect"),
             reason=_text(m, "reason"),
@@ -183,7 +196,7 @@ class Decision:
             policy=_text(m, "policy"),
             mode=_enum(Mode, m, "mode"),
             would=None if would is None else _enum(Effect, m, "would"),
-            obligations=tuple(Obligation.from_json(o) for o in m.get("obligations") or ()),
+            obligations=tuple(Obligation.from_json(o) for o in obligations),
             approval=_text(m, "approval", ""),
         )
 
@@ -269,7 +282,7 @@ class Run:
                 paused_by=int(m.get("paused_by", -1)),
                 share=_text(m, "share", ""),
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise MalformedValue(f"run: {e}") from e
 
 
@@ -323,8 +336,10 @@ class Report:
     def from_json(cls, value: Json) -> Report:
         m = _mapping(value, "report")
         count, time = m.get("count", 1), m.get("time")
-        if not isinstance(count, int) or not isinstance(time, int) or count < 1:
-            raise MalformedValue("report: count and time must be whole numbers, count above 0")
+        if type(count) is not int or not 0 < count < NUMBER_LIMIT:
+            raise MalformedValue("report: count must be a whole number above 0")
+        if type(time) is not int or not 0 <= time < NUMBER_LIMIT:
+            raise MalformedValue("report: time must be in nanoseconds since the epoch")
         return cls(
             type=_enum(RecordType, m, "type"),
             layer=_enum(Layer, m, "layer"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from aa.audit.record import Record
 
 FILE_MODE = 0o640
+LOOK_SECONDS = 0.02
+"""How often it is looked whether the file was moved away; what comes meanwhile is in that one."""
 
 
 class AuditFile:
@@ -25,6 +28,7 @@ class AuditFile:
         self._keep = keep
         self._fd = -1
         self._size = 0
+        self._look_again = 0.0
         self._open()
 
     def _open(self) -> None:
@@ -43,15 +47,17 @@ class AuditFile:
             os.ftruncate(self._fd, end)
             self._size = end
 
-    def write(self, record: Record) -> int:
-        """Appends a record and returns its size."""
-        line = json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
+    def write(self, line: bytes) -> int:
+        """Appends a record's line and returns its size."""
         if self._size + len(line) > self._max_bytes and self._size:
             self._rotate()
-        elif self._moved():
-            self._reopen()
+        elif time.monotonic() >= self._look_again:
+            self._look_again = time.monotonic() + LOOK_SECONDS
+            if self._moved():
+                self._reopen()
         written = 0
         try:
+            written = os.write(self._fd, line)
             while written < len(line):
                 written += os.write(self._fd, line[written:])
         except OSError:

@@ -9,20 +9,15 @@ Outcomes when something is broken, each said in the log itself once it can be:
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from aa.audit.file import AuditFile
-from aa.audit.journal import Journal
-from aa.audit.record import NOBODY, Record, of_report
+from aa.audit.journal import Journal, datagram
+from aa.audit.record import NOBODY, Record, bounded_attributes, line, of_report
 from aa.model import Kind, Layer, RecordType, Report
-
-RECENT = 1024
-"""Records kept in memory for followers that just arrived."""
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +36,6 @@ class AuditLog:
         self._missing_in_file = 0
         self._missing_in_journal = 0
         self._followers: set[Callable[[Record], None]] = set()
-        self.recent: deque[Record] = deque(maxlen=RECENT)
         self.records = 0
         self.gaps = 0
 
@@ -67,42 +61,47 @@ class AuditLog:
         """
         self._sequence += 1
         record["seq"] = self._sequence
-        size = self._write_file(record)
-        in_file = size > 0
-        in_journal = self._write_journal(record)
+        attributes = bounded_attributes(record)
+        data = line(record, attributes)
+        in_file = self._write_file(record["seq"], data)
+        in_journal = self._write_journal(record, attributes)
         if not in_file and not in_journal:
             self._sequence -= 1
             raise AuditUnavailable("neither the audit file nor the journal takes records")
-        self._missing_in_file += not in_file
-        self._missing_in_journal += self._journal is not None and not in_journal
+        if not in_file:
+            self._missing_in_file += 1
+        if not in_journal and self._journal is not None:
+            self._missing_in_journal += 1
         self.records += 1
-        self.gaps += record["type"] == RecordType.GAP.value
-        self.recent.append(record)
-        for follower in list(self._followers):
-            follower(record)
-        return size or len(json.dumps(record))
+        if record["type"] == "gap":
+            self.gaps += 1
+        if self._followers:
+            for follower in list(self._followers):
+                follower(record)
+        return len(data)
 
-    def _write_file(self, record: Record) -> int:
-        """The record's size in the file, 0 when it is not there."""
+    def _write_file(self, sequence: int, data: bytes) -> bool:
         try:
             if self._missing_in_file:
-                self._file.write(self._gap("file", self._missing_in_file, record["seq"]))
+                gap = self._gap("file", self._missing_in_file, sequence)
+                self._file.write(line(gap, bounded_attributes(gap)))
                 self._missing_in_file = 0
-            return self._file.write(record)
+            self._file.write(data)
         except OSError as e:
             if not self._missing_in_file:
                 log.error("audit file: %s; records go to the journal alone", e)
-            return 0
+            return False
+        return True
 
-    def _write_journal(self, record: Record) -> bool:
+    def _write_journal(self, record: Record, attributes: str) -> bool:
         if self._journal is None:
             return False
         if self._missing_in_journal:
             gap = self._gap("journal", self._missing_in_journal, record["seq"])
-            if not self._journal.send(gap):
+            if not self._journal.send(datagram(gap, bounded_attributes(gap))):
                 return False
             self._missing_in_journal = 0
-        return self._journal.send(record)
+        return self._journal.send(datagram(record, attributes))
 
     def _gap(self, place: str, count: int, before: int) -> Record:
         other = "journal" if place == "file" else "file"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Mapping
+import time as clock
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from json import encoder
 from typing import Any
 
 from aa.model import Action, Decision, Effect, Layer, RecordType, Report, Run
@@ -29,6 +30,7 @@ MESSAGE_IDS: Mapping[RecordType, str] = {
 """The journal's MESSAGE_ID of each type; units/agent-assembly.catalog explains them."""
 
 _PRIORITY = {"error": 3, "warning": 4, "notice": 5, "info": 6}
+_LEVELS = {"gap": "error", "alert": "error", "lifecycle": "notice"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +51,42 @@ NOBODY = Subject("")
 """The subject of records about the guard itself."""
 
 
+_second: tuple[int, str] = (0, "1970-01-01T00:00:00")
+"""The last second that was written, and its text."""
+
+
 def timestamp(nanoseconds: int) -> str:
     """RFC 3339 in UTC with microseconds."""
-    moment = datetime.datetime.fromtimestamp(nanoseconds // 1000 / 1e6, datetime.UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    global _second
+    microseconds = nanoseconds // 1000
+    second = microseconds // 1_000_000
+    if _second[0] != second:
+        _second = second, clock.strftime("%Y-%m-%dT%H:%M:%S", clock.gmtime(second))
+    return f"{_second[1]}.{microseconds % 1_000_000:06d}Z"
 
 
 def of_decision(
     subject: Subject, layer: Layer, action: Action, decision: Decision, time: int
 ) -> Record:
     """The record of a decision that the gateway made."""
+    attributes = action.attributes
+    if decision.approval:
+        attributes = {**attributes, "approval": decision.approval}
+    # StrEnum's `value` is a call; `_value_` is the attribute behind it.
     return _record(
         RecordType.DECISION,
         subject,
         time,
-        layer=layer.value,
-        kind=action.kind.value,
-        target=action.target,
-        decision=decision.effect.value,
-        rule=decision.rule,
-        reason=decision.reason,
-        policy=decision.policy,
-        mode=decision.mode.value,
-        would=decision.would.value if decision.would else "",
-        attributes={**action.attributes, "approval": decision.approval}
-        if decision.approval
-        else action.attributes,
+        layer._value_,
+        action.kind._value_,
+        action.target,
+        decision.effect._value_,
+        decision.rule,
+        decision.reason,
+        decision.policy,
+        decision.mode._value_,
+        decision.would._value_ if decision.would else "",
+        attributes,
     )
 
 
@@ -86,17 +98,17 @@ def of_report(subject: Subject, report: Report, policy: str, said: Decision | No
         report.type,
         subject,
         report.time,
-        layer=report.layer.value,
-        kind=report.kind.value,
-        target=report.target,
-        decision=report.effect.value if report.effect else "",
-        rule=report.rule or (said.rule if said else ""),
-        reason=report.reason or (against.reason if against else ""),
-        policy=policy,
-        mode=said.mode.value if said else "",
-        would=would.value if would else "",
-        attributes=report.attributes,
-        count=report.count,
+        report.layer._value_,
+        report.kind._value_,
+        report.target,
+        report.effect._value_ if report.effect else "",
+        report.rule or (said.rule if said else ""),
+        report.reason or (against.reason if against else ""),
+        policy,
+        said.mode._value_ if said else "",
+        would._value_ if would else "",
+        report.attributes,
+        report.count,
     )
 
 
@@ -104,7 +116,6 @@ def _record(
     type_: RecordType,
     subject: Subject,
     time: int,
-    *,
     layer: str,
     kind: str,
     target: str,
@@ -120,13 +131,13 @@ def _record(
     return {
         "seq": 0,  # the log numbers it
         "time": timestamp(time),
-        "type": type_.value,
+        "type": type_._value_,
         "layer": layer,
         "kind": kind,
-        "target": _cut(target),
+        "target": target if len(target) <= MAX_TEXT else _cut(target),
         "decision": decision,
-        "rule": _cut(rule),
-        "reason": _cut(reason),
+        "rule": rule if len(rule) <= MAX_TEXT else _cut(rule),
+        "reason": reason if len(reason) <= MAX_TEXT else _cut(reason),
         "policy": policy,
         "mode": mode,
         "would": would,
@@ -135,41 +146,65 @@ def _record(
         "user": subject.user,
         "uid": subject.uid,
         "count": count,
-        "attributes": _bounded(attributes),
+        "attributes": attributes,  # the log bounds them
     }
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+    return text[: MAX_TEXT - 1] + "…"
 
 
-def _bounded(attributes: Mapping[str, Json]) -> dict[str, Json]:
+_quoted: Callable[[str], str] = encoder.encode_basestring_ascii
+# Made once: json.dumps makes one for each call.
+_chunks = encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, json.JSONEncoder().default, _quoted, None, ":", ",", False, False, True
+)
+
+
+def bounded_attributes(record: Record) -> str:
+    """The attributes of a record as JSON. Larger ones than may be are replaced in the record."""
+    attributes = record["attributes"]
     if not attributes:
-        return {}
-    size = len(json.dumps(attributes))
-    return dict(attributes) if size <= MAX_ATTRIBUTES else {"omitted": f"{size} characters"}
+        record["attributes"] = {}
+        return "{}"
+    text = "".join(_chunks(attributes, 0))
+    if len(text) <= MAX_ATTRIBUTES:
+        return text
+    record["attributes"] = {"omitted": f"{len(text)} characters"}
+    return "".join(_chunks(record["attributes"], 0))
+
+
+def line(record: Record, attributes: str) -> bytes:
+    """The record as one line of JSON; `attributes` are its attributes as JSON."""
+    r, q = record, _quoted
+    return (
+        f'{{"seq":{r["seq"]},"time":"{r["time"]}","type":"{r["type"]}","layer":{q(r["layer"])},'
+        f'"kind":{q(r["kind"])},"target":{q(r["target"])},"decision":{q(r["decision"])},'
+        f'"rule":{q(r["rule"])},"reason":{q(r["reason"])},"policy":{q(r["policy"])},'
+        f'"mode":{q(r["mode"])},"would":{q(r["would"])},"agent":{q(r["agent"])},'
+        f'"run":{q(r["run"])},"user":{q(r["user"])},"uid":{r["uid"]},"count":{r["count"]},'
+        f'"attributes":{attributes}}}\n'
+    ).encode("ascii")
 
 
 def priority(record: Record) -> int:
     """The syslog level of a record."""
-    if record["type"] in ("gap", "alert"):
-        return _PRIORITY["error"]
-    if record["decision"] == Effect.DENY.value:
-        return _PRIORITY["warning"]
-    return _PRIORITY["notice" if record["type"] == "lifecycle" else "info"]
+    if record["decision"] == "deny":
+        return _PRIORITY["error" if record["type"] in ("gap", "alert") else "warning"]
+    return _PRIORITY[_LEVELS.get(record["type"], "info")]
 
 
 def sentence(record: Record) -> str:
     """One line for people; control characters in what an agent chose are made visible."""
-    who = " ".join(x for x in (record["agent"], record["run"] and f"[{record['run']}]") if x)
+    agent, run, would = record["agent"], record["run"], record["would"]
+    who = f"{agent} [{run}]: " if agent and run else f"[{run}]: " if run else agent and f"{agent}: "
     verdict = record["decision"] or record["type"]
-    if record["would"] and record["would"] != (record["decision"] or Effect.ALLOW.value):
-        verdict += f" (enforce would {record['would']})"
+    if would and would != (record["decision"] or Effect.ALLOW.value):
+        verdict += f" (enforce would {would})"
     times = f" ({record['count']} times)" if record["count"] > 1 else ""
     rule = f" by {record['rule']}" if record["rule"] else ""
     reason = f": {record['reason']}" if record["reason"] else ""
-    line = f"{who + ': ' if who else ''}{verdict} {record['kind']} {record['target']}{times}{rule}{reason}"
-    return printable(line)
+    return printable(f"{who}{verdict} {record['kind']} {record['target']}{times}{rule}{reason}")
 
 
 def printable(text: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aa import config as configuration
@@ -151,17 +153,23 @@ async def main(daemon: Daemon) -> None:
     Server(given[str(paths.ENFORCE_SOCKET)], enforce, admit=refuse_governed)
     Server(given[str(paths.CONTROL_SOCKET)], control, admit=refuse_governed)
 
-    def reload() -> None:
+    async def reload() -> None:
         gateway.reload_config()
-        gateway.source.reload()
+        await gateway.source.reload_beside()
         daemon.status(gateway.status_line())
+
+    async def follow_files() -> None:
+        if gateway.source.changed:
+            await gateway.source.reload_beside()
 
     daemon.reload = reload
     gateway.on_status = lambda: daemon.status(gateway.status_line())
     gateway.write_event(Kind.GUARD, "gateway", "gateway started", pid=os.getpid())
+    gc.collect()
+    gc.freeze()  # what lives from the start lives to the end: no collection looks at it again
     daemon.ready(gateway.status_line())
     chores = [
-        asyncio.create_task(every(WATCH_SECONDS, gateway.source.reload_if_changed)),
+        asyncio.create_task(every(WATCH_SECONDS, follow_files)),
         asyncio.create_task(every(SECOND, gateway.flush_over_budget)),
         asyncio.create_task(every(SECOND, gateway.approvals.expire)),
         asyncio.create_task(every(TIDY_SECONDS, lambda: gateway.limits.tidy(time.time()))),
@@ -191,13 +199,14 @@ def end_vanished(gateway: Gateway, run_sockets: RunSockets) -> None:
         run_sockets.close(run.id)
 
 
-async def every(seconds: float, chore: object) -> None:
+async def every(seconds: float, chore: Callable[[], Awaitable[None] | None]) -> None:
     """Does a chore again and again; one failure does not end it, and is told."""
-    assert callable(chore)
     while True:
         await asyncio.sleep(seconds)
         try:
-            chore()
+            pending = chore()
+            if pending is not None:
+                await pending
         except Exception:
             log.exception("a chore of the gateway failed")
 

@@ -25,6 +25,7 @@ from typing import Any
 from aa.gateway.runs import ID_ALPHABET, ID_LENGTH
 from aa.model import Action, Decision, Effect, Kind, Layer, Run
 from aa.policy import Policy
+from aa.policy.approve import Approve
 
 ACTION_LIMIT = 64 << 10
 """Characters of an action as JSON: what nobody can look through is not asked about."""
@@ -118,28 +119,26 @@ class Operator:
 class Terms:
     """Who may answer, within how many seconds, and for how long it counts.
 
-    The values are those of a rule that does not say. `by` has one list for each rule that asks:
-    whoever answers is in all of them.
+    `by` has one list for each rule that asks: whoever answers is in all of them.
     """
 
-    by: tuple[tuple[str, ...], ...] = (("group:aa-operators",),)
-    timeout: float = 600.0
-    remember: bool = False
+    by: tuple[tuple[str, ...], ...]
+    timeout: float
+    remember: bool
 
     @classmethod
-    def of_rule(cls, rule: Any) -> Terms:
-        written = getattr(rule, "approve", None)
-        if written is None:
-            return cls()
-        return cls((tuple(written.by),), float(written.timeout), written.remember == "run")
+    def of(cls, said: Approve) -> Terms:
+        return cls((said.by,), said.timeout, said.remember == "run")
 
     @classmethod
     def together(cls, several: Sequence[Terms]) -> Terms:
-        """The strictest of each."""
-        if not several:
-            return cls()
+        """The strictest of each; `several` is not empty."""
         by = dict.fromkeys(whom for terms in several for whom in terms.by)
         return cls(tuple(by), min(t.timeout for t in several), all(t.remember for t in several))
+
+
+UNSAID = Terms.of(Approve())
+"""The terms of rules, and of defaults, that do not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,8 +357,9 @@ class Approvals:
 
     def terms(self, policy: Policy, rules: Sequence[str]) -> Terms:
         if self._terms[0] is not policy:
-            self._terms = (policy, {rule.ref: Terms.of_rule(rule) for rule in policy.rules})
-        return Terms.together([self._terms[1].get(ref, Terms()) for ref in rules])
+            said = {rule.ref: Terms.of(rule.approve) for rule in policy.rules if rule.approve}
+            self._terms = (policy, said)
+        return Terms.together([self._terms[1].get(ref, UNSAID) for ref in rules])
 
     # -- what a person says
 

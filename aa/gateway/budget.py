@@ -43,13 +43,15 @@ class Spent:
 
     decisions: Bucket
     audit: Bucket
+    limits: tuple[float, float]
     refused: int = 0
     refused_for_audit: int = 0
     not_recorded: int = 0
 
 
 class Budgets:
-    """The budgets of all runs. `limits` says decisions and audit bytes a second, as they are now."""
+    """The budgets of all runs. `limits` says decisions and audit bytes a second, as they are now:
+    another tuple when they changed, and the same one while they did not."""
 
     def __init__(
         self,
@@ -61,18 +63,32 @@ class Budgets:
         self._spent: dict[str, Spent] = {}
 
     def _of(self, run: str) -> Spent:
-        decisions, audit = self._limits()
+        limits = self._limits()
         spent = self._spent.get(run)
         if spent is None:
+            decisions, audit = limits
             now = self._clock()
             spent = self._spent[run] = Spent(
                 Bucket.full(decisions, decisions, now),
                 Bucket.full(audit, audit * AUDIT_BURST_SECONDS, now),
+                limits,
             )
-        elif (spent.decisions.rate, spent.audit.rate) != (decisions, audit):  # a reload
+        elif spent.limits is not limits:  # a reload
+            decisions, audit = spent.limits = limits
             spent.decisions.rate = spent.decisions.size = decisions
             spent.audit.rate, spent.audit.size = audit, audit * AUDIT_BURST_SECONDS
         return spent
+
+    def refusal(self, run: str) -> str:
+        """Takes one decision. The limit that refuses it, counted, or ""."""
+        spent, now = self._of(run), self._clock()
+        if not spent.decisions.take(1, now, at_least=1):
+            spent.refused += 1
+            return "decisions_per_second"
+        if not spent.audit.take(0, now):
+            spent.refused_for_audit += 1
+            return "audit_bytes_per_second"
+        return ""
 
     def over_rate(self, run: str) -> bool:
         """Takes one decision; True, and counted as refused, when there is none left."""
@@ -95,7 +111,7 @@ class Budgets:
 
     def recorded(self, run: str, size: int) -> None:
         """So many bytes of the log were this run's."""
-        self._of(run).audit.take(size, self._clock(), at_least=-float("inf"))
+        self._of(run).audit.left -= size
 
     def over(self) -> list[tuple[str, Spent]]:
         """The runs that were over a budget since the last call; their counts begin anew."""

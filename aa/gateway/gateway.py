@@ -63,6 +63,7 @@ REGISTERED_SECONDS = 60.0
 """How long a run may stay without a cgroup before it is given up."""
 GONE_SECONDS = 15.0
 """How long after its cgroup's end aa-launch, which knows the exit code, is waited for."""
+SUBJECTS_KEPT = 1024
 USER_RUN_PREFIX = "user/"
 USED = (Kind.NET_CONNECT, Kind.LLM_REQUEST)
 """Kinds whose reports tell what a run used."""
@@ -146,9 +147,12 @@ class Gateway:
         self.source = PolicySource(policies, self._policy_changed)
         self._barriers: dict[str, Barrier] = {}
         self._denials: dict[str, deque[Record]] = {}
+        self._budget_of: Config | None = None
+        self._budget_is = (0.0, 0.0)
         self.budgets = Budgets(self._budget)
         self.limits = limits or Limits(Counters(Path(":memory:")), prices.load)
         self.explained = Explained()
+        self._subjects: dict[str, tuple[Run, Subject]] = {}
         self._watchers: set[Callable[[Run], None]] = set()
         self._missing: dict[str, float] = {}
         """Since when a run's cgroup is gone, on the monotonic clock."""
@@ -194,7 +198,16 @@ class Gateway:
             decision = deny(f"the policy engine failed: {e!r}", rule="<engine-error>")
         if provisional and decision.effect is not Effect.DENY:
             return decision
-        return self._record_decision(Subject.of(run), layer, action, decision)
+        return self._record_decision(self._subject(run), layer, action, decision)
+
+    def _subject(self, run: Run) -> Subject:
+        """Made once for each state of a run."""
+        known = self._subjects.get(run.id)
+        if known is None or known[0] is not run:
+            if len(self._subjects) >= SUBJECTS_KEPT:
+                self._subjects.clear()
+            known = self._subjects[run.id] = (run, Subject.of(run))
+        return known[1]
 
     def _evaluate(
         self, run: Run, layer: Layer, action: Action, provisional: bool, approval: str
@@ -297,27 +310,30 @@ class Gateway:
 
     def _budget(self) -> tuple[float, float]:
         config = self.config
-        return float(config.gateway.decisions_per_second), float(
-            config.audit.bytes_per_second_per_run
-        )
+        if self._budget_of is not config:
+            self._budget_of = config
+            self._budget_is = (
+                float(config.gateway.decisions_per_second),
+                float(config.audit.bytes_per_second_per_run),
+            )
+        return self._budget_is
 
     def over_budget(self, run: Run) -> Decision | None:
         """The denial of a run that asks too much, counted instead of recorded; None for others."""
-        if self.budgets.over_rate(run.id):
+        refusal = self.budgets.refusal(run.id)
+        if not refusal:
+            return None
+        if refusal == "decisions_per_second":
             limit = self.config.gateway.decisions_per_second
             reason = f"run {run.id} asks for more than {limit} decisions a second; slow down, or "
             reason += "raise gateway.decisions_per_second in agent-assembly.toml"
-            rule = "<limit:decisions_per_second>"
-        elif self.budgets.over_audit(run.id):
+        else:
             bound = self.config.audit.bytes_per_second_per_run
             reason = (
                 f"run {run.id} fills the audit log with more than {bound} bytes a second; slow "
             )
             reason += "down, or raise audit.bytes_per_second_per_run in agent-assembly.toml"
-            rule = "<limit:audit_bytes_per_second>"
-        else:
-            return None
-        return deny(reason, rule=rule, policy=self.source.revision)
+        return deny(reason, rule=f"<limit:{refusal}>", policy=self.source.revision)
 
     def flush_over_budget(self) -> None:
         """A record per run for what its budgets refused or left out since the last call."""

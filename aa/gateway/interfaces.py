@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import grp
+import inspect
 import os
 import pwd
 import time
@@ -97,21 +98,19 @@ def _typed_errors(interface: str, function: Callable[..., Any]) -> Method:
     @functools.wraps(function)
     def call(call: Call) -> Any:
         try:
-            result = function(call)
+            return function(call)
         except Exception as e:
             raise convert(e) from e
-        if asyncio.iscoroutine(result):
-            return waiting(result)
-        return result
 
-    async def waiting(result: Any) -> Reply:
+    @functools.wraps(function)
+    async def waiting(call: Call) -> Reply:
         try:
-            reply: Reply = await result
+            reply: Reply = await function(call)
         except Exception as e:
             raise convert(e) from e
         return reply
 
-    return call
+    return waiting if inspect.iscoroutinefunction(function) else call
 
 
 def _service(product: str, interface: str, methods: dict[str, Callable[..., Any]]) -> Service:
@@ -405,9 +404,9 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
         told = explanation.as_json()
         return {"decision": told["decision"], "steps": told["steps"]}
 
-    def reload(call: Call) -> Reply:
+    async def reload(call: Call) -> Reply:
         gateway.reload_config()
-        problems = [*gateway.config_problems, *gateway.source.reload()]
+        problems = [*gateway.config_problems, *await gateway.source.reload_beside()]
         if problems:
             raise VarlinkError(
                 "io.agentassembly.Control.PolicyInvalid",
@@ -433,7 +432,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             raise ApprovalUnknown(f"no approval {call.parameters['id']}")
         return {"approval": found.as_json()}
 
-    async def answer(call: Call, yes: bool) -> Reply:
+    async def answer(call: Call, *, yes: bool) -> Reply:
         p = call.parameters
         async with asyncio.timeout(OPERATOR_SECONDS):  # a user database may be slow
             operator = await asyncio.to_thread(operator_of, call.peer.uid)
@@ -510,8 +509,8 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "ShowLimits": show_limits,
             "ListApprovals": list_approvals,
             "GetApproval": get_approval,
-            "Approve": lambda call: answer(call, True),
-            "Deny": lambda call: answer(call, False),
+            "Approve": functools.partial(answer, yes=True),
+            "Deny": functools.partial(answer, yes=False),
             "WatchApprovals": watch_approvals,
             "GetTimeline": timeline,
             "TailAudit": tail,
@@ -572,7 +571,10 @@ def _explained_run(gateway: Gateway, parameters: dict[str, Any]) -> Run:
 
 
 def _layer(text: str) -> Layer:
-    try:
-        return Layer(text)
-    except ValueError:
-        raise MalformedValue(f"layer {text!r} is not one") from None
+    layer = _LAYERS.get(text)
+    if layer is None:
+        raise MalformedValue(f"layer {text!r} is not one")
+    return layer
+
+
+_LAYERS = {layer.value: layer for layer in Layer}

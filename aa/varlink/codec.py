@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from json import encoder, scanner
 from typing import Any, NoReturn
 
 Json = Any
@@ -61,12 +62,55 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 _decoder = json.JSONDecoder(
     parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
 )
+_scan: Any = scanner.make_scanner(
+    json.JSONDecoder(  # type: ignore[arg-type]
+        parse_constant=_refuse_constant, parse_float=_finite
+    )
+)
 
 
 def decode(message: bytes) -> dict[str, Json]:
     """Reads one message (without its NUL). Raises `ProtocolError` for anything but an object."""
-    if _nesting(message) > MAX_DEPTH:
+    if message.count(b"{") + message.count(b"[") > MAX_DEPTH and _nesting(message) > MAX_DEPTH:
         raise ProtocolError(f"nested deeper than {MAX_DEPTH}")
+    value = _usual(message)
+    return value if value is not None else _strict(message)
+
+
+def _usual(message: bytes) -> dict[str, Json] | None:
+    """The message if it is in the form that our own clients write, which is read twice as fast:
+    no space before a colon, no \\u, and no key twice. None for any other.
+
+    A key is a text with a colon behind it. There are as many of these in the bytes as keys in what
+    was read only if none was given twice: texts that look alike make it more, and nothing less.
+    """
+    if b"\\u" in message or b" :" in message or b"\t:" in message:
+        return None
+    if b"\n" in message or b"\r" in message:
+        return None
+    try:
+        text = message.decode("utf-8")
+        value, end = _scan(text, 0)
+    except (StopIteration, ValueError, RecursionError, ProtocolError):
+        return None
+    if type(value) is not dict or end != len(text) or message.count(b'":') != _keys(value):
+        return None
+    return value
+
+
+def _keys(value: dict[str, Json] | list[Json]) -> int:
+    """How many keys all objects in it have."""
+    count = 0
+    inside: Iterable[Json] = value
+    if type(value) is dict:
+        count, inside = len(value), value.values()
+    for inner in inside:
+        if type(inner) is dict or type(inner) is list:
+            count += _keys(inner)
+    return count
+
+
+def _strict(message: bytes) -> dict[str, Json]:
     try:
         text = message.decode("utf-8")
         value = _decoder.decode(text)
@@ -79,9 +123,19 @@ def decode(message: bytes) -> dict[str, Json]:
     return value
 
 
+def _refuse(value: object) -> NoReturn:
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+# Made once: json.dumps makes one for each call.
+_chunks = encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, _refuse, encoder.encode_basestring_ascii, None, ":", ",", False, False, False
+)
+
+
 def encode(message: Mapping[str, Json]) -> bytes:
     """One message with its NUL. Raises `ProtocolError` when it is over `MAX_MESSAGE`."""
-    data = json.dumps(message, separators=(",", ":"), allow_nan=False).encode("ascii")
+    data = "".join(_chunks(message, 0)).encode("ascii")
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE}")
     return data + b"\0"
@@ -129,6 +183,8 @@ class Framer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
+        if not self._buffer and data.find(b"\0") == len(data) - 1 >= 0:
+            return [data[:-1]]  # one whole message, as a client sends it that waits for its answer
         self._buffer += data
         if b"\0" not in data:
             if len(self._buffer) > MAX_MESSAGE:

@@ -7,7 +7,7 @@ says, are errors: a typo must not be a silent default.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NoReturn
@@ -46,48 +46,75 @@ class Interface:
     types: Mapping[str, Type]
     methods: Mapping[str, Method]
     errors: Mapping[str, Type]
+    # The checks of methods and of named types, made when they are first needed.
+    _checks: dict[str, Callable[[Mapping[str, Json]], str | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _of_types: dict[str, Callable[[Json], bool]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def wrong_parameter(self, method: str, parameters: Mapping[str, Json]) -> str | None:
         """The name of the first parameter of a call that does not fit, or None."""
-        return self._wrong(self.methods[method].parameters, parameters)
+        check = self._checks.get(method)
+        if check is None:
+            check = self._checks[method] = self._struct(self.methods[method].parameters)
+        return check(parameters)
 
-    def _wrong(self, struct: Type, values: Mapping[str, Json]) -> str | None:
-        for name in values:
-            if name not in struct.fields:
-                return name
-        for name, kind in struct.fields.items():
-            if not self._fits(kind, values.get(name)):
-                return name
-        return None
+    def wrong_field(self, struct: Type, values: Mapping[str, Json]) -> str | None:
+        """The same for a reply or an error of this interface."""
+        return self._struct(struct)(values)
 
-    def _fits(self, t: Type, value: Json) -> bool:
+    def _struct(self, t: Type) -> Callable[[Mapping[str, Json]], str | None]:
+        """Names the first field of a value that does not fit."""
+        names = t.fields.keys()
+        checks = tuple((name, _EXACT.get(f.kind), self._fits(f)) for name, f in t.fields.items())
+
+        def wrong(values: Mapping[str, Json]) -> str | None:
+            if not values.keys() <= names:
+                return next(name for name in values if name not in names)
+            for name, exact, fits in checks:
+                value = values.get(name)
+                if type(value) is not exact and not fits(value):
+                    return name
+            return None
+
+        return wrong
+
+    def _fits(self, t: Type) -> Callable[[Json], bool]:
+        """Whether a value, as JSON has it, is of a type."""
         match t.kind:
-            case "maybe":
+            case "maybe" | "array" | "map":
                 assert t.element
-                return value is None or self._fits(t.element, value)
-            case "bool":
-                return isinstance(value, bool)
-            case "int":
-                return isinstance(value, int) and not isinstance(value, bool)
+                fits = self._fits(t.element)
+                if t.kind == "maybe":
+                    exact = _EXACT.get(t.element.kind)
+                    return lambda v: v is None or type(v) is exact or fits(v)
+                if t.kind == "array":
+                    return lambda v: type(v) is list and all(map(fits, v))
+                return lambda v: type(v) is dict and all(map(fits, v.values()))
             case "float":
-                return isinstance(value, (int, float)) and not isinstance(value, bool)
-            case "string":
-                return isinstance(value, str)
-            case "object":
-                return isinstance(value, dict)
+                return lambda v: type(v) is float or type(v) is int
             case "enum":
-                return isinstance(value, str) and value in t.values
-            case "array":
-                assert t.element
-                return isinstance(value, list) and all(self._fits(t.element, v) for v in value)
-            case "map":
-                assert t.element
-                return isinstance(value, dict) and all(
-                    self._fits(t.element, v) for v in value.values()
-                )
+                return lambda v: type(v) is str and v in t.values
             case "struct":
-                return isinstance(value, dict) and self._wrong(t, value) is None
-        return self._fits(self.types[t.name], value)
+                wrong = self._struct(t)
+                return lambda v: type(v) is dict and wrong(v) is None
+            case "name":
+                return self._named(t.name)
+        exact = _EXACT[t.kind]
+        return lambda v: type(v) is exact
+
+    def _named(self, name: str) -> Callable[[Json], bool]:
+        fits = self._of_types.get(name)
+        if fits is None:
+            self._of_types[name] = lambda v: self._of_types[name](v)  # for a type that names itself
+            fits = self._of_types[name] = self._fits(self.types[name])
+        return fits
+
+
+_EXACT: Mapping[str, type] = {"bool": bool, "int": int, "string": str, "object": dict}
+"""The types of JSON values that need no further look. JSON has no subclasses of them."""
 
 
 _TOKEN = re.compile(

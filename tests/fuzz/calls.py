@@ -104,7 +104,7 @@ def _check(service: Service, reply: dict[str, Any]) -> None:
     interface, _, name = error.rpartition(".")
     known = service.interfaces.get(interface)
     if known is not None:
-        assert known._wrong(known.errors[name], parameters) is None, reply
+        assert known.wrong_field(known.errors[name], parameters) is None, reply
 
 
 def checked(service: Service) -> Service:
@@ -118,7 +118,7 @@ def _compared(interface: Any, method: str, function: Any) -> Any:
     kind: Type = interface.methods[method].reply
 
     def compare(reply: Any) -> Any:
-        wrong = interface._wrong(kind, decode(encode(reply)[:-1]))
+        wrong = interface.wrong_field(kind, decode(encode(reply)[:-1]))
         assert wrong is None, f"{interface.name}.{method}: {wrong} of {reply}"
         return reply
 

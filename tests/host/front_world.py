@@ -473,6 +473,8 @@ class World:
         self.ca, leaf = certificates(directory, NAMES)
         self.gateway = Gateway(lab.path("/run/agent-assembly/enforce"))
         self.peer = self.peer_type(lab, leaf)
+        self.environment: dict[str, str] = {}
+        """Of the daemon, besides this process's."""
         self.holder: subprocess.Popen[str] | None = None
         self.proxy_pid = 0
         self.log = directory / "proxy.log"
@@ -487,6 +489,7 @@ class World:
         environment = {
             **os.environ,
             "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
+            **self.environment,
         }
         with self.log.open("w") as log:
             self.holder = self.lab.start(

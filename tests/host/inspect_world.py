@@ -148,7 +148,7 @@ class Origin(Peer):
         self.seen.append(("body", body[:1000]))
         self.seen.append(("size", size))
         method, path = lines[0].split()[:2]
-        await self._answer(method, path, body, writer)
+        await self._answer(method, path, head, body, writer)
         return fields.get("connection", "").lower() != "close" and not path.startswith("/until-end")
 
     async def _body(self, reader: asyncio.StreamReader, size: int) -> bytes:
@@ -185,7 +185,7 @@ class Origin(Peer):
         writer.write(b"0\r\n\r\n")
 
     async def _answer(
-        self, method: str, path: str, body: bytes, writer: asyncio.StreamWriter
+        self, method: str, path: str, head: bytes, body: bytes, writer: asyncio.StreamWriter
     ) -> None:
         if path == "/events":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n")
@@ -196,6 +196,16 @@ class Origin(Peer):
                 await writer.drain()
                 await asyncio.sleep(0.4)
             writer.write(b"0\r\n\r\n")
+        elif path == "/echo":  # what it was asked with, in pieces
+            text = head + b"\n"
+            writer.write(b"HTTP/1.1 200 OK\r\nX-Seen: " + _authorization(head) + b"\r\n")
+            writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
+            for at in range(0, len(text), 7):
+                writer.write(b"%x\r\n%b\r\n" % (len(text[at : at + 7]), text[at : at + 7]))
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+        elif path == "/encoded":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\nx")
         elif path == "/v1/messages":
             await self._model(b'"stream": true' in body, writer)
         elif path.startswith("/bytes/"):
@@ -291,6 +301,11 @@ class Origin(Peer):
             await writer.drain()
 
 
+def _authorization(head: bytes) -> bytes:
+    lines = head.split(b"\r\n")
+    return next((x for x in lines if x.lower().startswith(b"authorization")), b"")
+
+
 def _context(leaf: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(leaf)
@@ -315,6 +330,7 @@ class InspectingWorld(World):
             certificates(place, names, days=days)
         super().__init__(lab, directory)
         self.root = directory / "authority" / "root.pem"
+        self.environment["CREDENTIALS_DIRECTORY"] = str(directory / "credentials")
 
     def prepare(self) -> None:
         self.write("/etc/agent-assembly/prices.toml", PRICES)
@@ -331,6 +347,12 @@ class InspectingWorld(World):
         self.lab.run(
             "mount", "--bind", str(self.engine or engine()), "/usr/lib/agent-assembly/inspect"
         )
+
+    def give_credential(self, name: str, text: str) -> None:
+        """What LoadCredential= of the unit does; `start` names the directory to the daemon."""
+        credentials = self.directory / "credentials"
+        credentials.mkdir(exist_ok=True)
+        (credentials / name).write_text(text)
 
     def renew_authority(self, *more: str) -> None:
         """What aa-ca.service does: a root if there is none, and a new intermediate."""

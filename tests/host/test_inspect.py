@@ -526,6 +526,72 @@ def test_what_is_no_model_request_passes_a_provider_as_ever(w: InspectingWorld) 
     assert w.asked("llm.request") == [] and len(w.told(count=2)) == 2
 
 
+# -- secrets
+
+TOKEN = "ghs-0123456789abcdefghij"
+INJECT = Obligation(
+    "inject",
+    {
+        "id": "files/github",
+        "source": {"credential": "github-token"},
+        "header": "Authorization",
+        "format": "Bearer {}",
+        "placeholder": "aa-github-placeholder",
+    },
+)
+
+
+def with_secret(attributes: Mapping[str, Any]) -> Decision:
+    return decision(obligations=(INJECT,))
+
+
+HELD = ("-H", "Authorization: token aa-github-placeholder")
+
+
+@VERSIONS
+def test_a_secret_goes_to_the_origin_in_place_of_its_placeholder_and_nowhere_else(
+    w: InspectingWorld, version: str
+) -> None:
+    w.give_credential("github-token", TOKEN + "\n")
+    w.gateway.rules["allowed.test"] = requests(with_secret)
+    done = w.curl(version, "-i", *HELD, "https://allowed.test:8443/echo")
+    (head,) = w.peer.reached("http")
+    assert f"Bearer {TOKEN}" in head.decode() and "placeholder" not in head.decode()
+    assert "200" in done.stdout and TOKEN not in done.stdout  # though the origin echoes it
+    assert f"Bearer {'*' * len(TOKEN)}" in done.stdout.lower().replace("bearer", "Bearer")
+    assert done.stdout.count("*" * len(TOKEN)) == 2  # in a header, and in a body sent in pieces
+    told = json.dumps([w.gateway.asked, w.gateway.reports, w.told()])
+    assert TOKEN not in told and TOKEN not in w.log.read_text()
+
+
+def test_a_request_without_the_placeholder_is_left_as_it_is(w: InspectingWorld) -> None:
+    w.give_credential("github-token", TOKEN)
+    w.gateway.rules["allowed.test"] = requests(with_secret)
+    w.curl("-H", "Authorization: token mine", "https://allowed.test:8443/x")
+    (head,) = w.peer.reached("http")
+    assert b"token mine" in head and TOKEN.encode() not in head
+
+
+def test_a_secret_that_is_not_there_or_would_not_go_over_tls_denies(w: InspectingWorld) -> None:
+    w.give_credential("github-token", "two\nlines")
+    w.gateway.rules["allowed.test"] = requests(with_secret)
+    done = w.curl("-i", *HELD, "https://allowed.test/x")
+    assert "403" in done.stdout and "github-token" in done.stdout and "two" not in done.stdout
+    w.give_credential("github-token", TOKEN)
+    done = w.curl("-i", *HELD, "http://allowed.test/x")
+    assert "403" in done.stdout and "over TLS alone" in done.stdout
+    assert w.peer.seen == []
+
+
+def test_an_answer_in_which_a_secret_could_hide_does_not_reach_the_agent(
+    w: InspectingWorld,
+) -> None:
+    w.give_credential("github-token", TOKEN)
+    w.gateway.rules["allowed.test"] = requests(with_secret)
+    assert w.curl(ONE, *HELD, "https://allowed.test:8443/encoded").returncode in (52, 56)
+    assert w.refused()[-1]["rule"] == "<secret>"
+
+
 # -- WebSockets
 
 SOCKET = """

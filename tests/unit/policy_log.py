@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from aa.audit.record import Record, Subject, of_decision, of_report
+from aa.audit.record import Record, Subject, bounded_attributes, line, of_decision, of_report
 from aa.model import Action, Kind, Layer, RecordType, Report, Run
 from aa.policy import Policy
 
@@ -64,7 +64,8 @@ def seen(kind: Kind, target: str, run: Run = RUN, **attributes: Any) -> Record:
 
 def written(records: Iterable[Record]) -> list[Record]:
     """The records as they are in the file."""
-    return [json.loads(json.dumps({**r, "seq": n})) for n, r in enumerate(records, 1)]
+    numbered = [{**r, "seq": n} for n, r in enumerate(records, 1)]
+    return [json.loads(line(r, bounded_attributes(r))) for r in numbered]
 
 
 def connect(target: str, protocol: str = "tls", **attributes: Any) -> Action:

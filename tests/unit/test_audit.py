@@ -14,10 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aa.audit.file import AuditFile, history, read_backwards
+from aa.audit.file import LOOK_SECONDS, AuditFile, history, read_backwards
 from aa.audit.journal import PATIENCE_SECONDS, Journal, datagram
 from aa.audit.log import AuditLog, AuditUnavailable, newest
-from aa.audit.record import MAX_TEXT, MESSAGE_IDS, Record, Subject, of_decision, sentence
+from aa.audit.record import (
+    MAX_ATTRIBUTES,
+    MAX_TEXT,
+    MESSAGE_IDS,
+    Record,
+    Subject,
+    bounded_attributes,
+    line,
+    of_decision,
+    sentence,
+    timestamp,
+)
 from aa.model import Action, Decision, Effect, Kind, Layer, Mode, RecordType
 
 SUBJECT = Subject("r1", "claude-code", "dev", 1000)
@@ -27,6 +38,16 @@ def record(target: str = "example.test:443", effect: Effect = Effect.DENY) -> Re
     decision = Decision(effect, "no rule allows it", "<default>", "abc", Mode.ENFORCE)
     action = Action(Kind.NET_CONNECT, target, {"port": 443})
     return of_decision(SUBJECT, Layer.PROXY, action, decision, 1_700_000_000_123_456_000)
+
+
+def text(record: Record) -> bytes:
+    """Its line in the file."""
+    return line(record, bounded_attributes(record))
+
+
+def entry(record: Record) -> bytes:
+    """Its entry in the journal."""
+    return datagram(record, bounded_attributes(record))
 
 
 def audit_file(directory: Path, **limits: int) -> AuditFile:
@@ -57,10 +78,53 @@ def test_every_type_of_record_has_a_message_id() -> None:
 
 @given(st.text())
 def test_a_journal_entry_cannot_be_given_a_field_by_an_agent(target: str) -> None:
-    parsed = parse_entry(datagram(record(target)))
+    parsed = parse_entry(entry(record(target)))
     assert parsed["AA_DECISION"] == b"deny"
     assert parsed["AA_RUN"] == b"r1"
     assert len(parsed["MESSAGE"]) > 0
+
+
+texts = st.text(st.characters() | st.sampled_from('\n="\\\x7f\u2028'), max_size=12)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            **dict.fromkeys(("target", "rule", "reason", "policy", "agent", "run", "user"), texts),
+            "would": st.sampled_from(("", "deny")),
+            "attributes": st.dictionaries(texts, texts | st.integers(), max_size=3),
+        }
+    )
+)
+def test_line_and_entry_tell_every_field_whatever_is_in_it(fields: dict[str, Any]) -> None:
+    whole = {**record(), **fields}
+    assert json.loads(text(whole)) == whole
+    assert text(whole).isascii() and text(whole).count(b"\n") == 1
+    parsed = parse_entry(entry(whole))
+    for name in ("target", "rule", "reason", "policy", "agent", "run", "user", "would"):
+        told = parsed.get(f"AA_{name.upper()}", b"").decode("utf-8", "surrogateescape")
+        assert told == fields[name].encode("utf-8", "backslashreplace").decode()
+    assert (b"AA_ATTRIBUTES" in entry(whole)) >= bool(fields["attributes"])
+    assert ("AA_ATTRIBUTES" in parsed) == bool(fields["attributes"])
+    assert json.loads(parsed.get("AA_ATTRIBUTES", b"{}")) == fields["attributes"]
+    assert len(parsed) == 4 + sum(1 for v in whole.values() if v not in ("", {}))
+
+
+def test_attributes_over_the_limit_are_replaced_by_their_size() -> None:
+    huge = {**record(), "attributes": {"body": "x" * MAX_ATTRIBUTES}}
+    told = json.loads(text(huge))
+    assert told["attributes"] == {"omitted": f"{MAX_ATTRIBUTES + 11} characters"}
+    assert huge["attributes"] == told["attributes"]
+
+
+def test_times_are_written_alike_before_and_after_a_full_second() -> None:
+    for nanoseconds, told in (
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (1_700_000_000_999_999_999, "2023-11-14T22:13:20.999999Z"),
+        (1_700_000_001_000_000_000, "2023-11-14T22:13:21.000000Z"),
+        (1_700_000_000_000_001_000, "2023-11-14T22:13:20.000001Z"),
+    ):
+        assert timestamp(nanoseconds) == told
 
 
 def parse_entry(data: bytes) -> dict[str, bytes]:
@@ -82,7 +146,7 @@ def parse_entry(data: bytes) -> dict[str, bytes]:
 def test_what_was_written_is_read_back_newest_first(tmp_path: Path) -> None:
     file = audit_file(tmp_path)
     for n in range(500):
-        file.write({**record(f"host{n}"), "seq": n})
+        file.write(text({**record(f"host{n}"), "seq": n}))
     assert [r["seq"] for r in read_backwards(file.path, block=700)] == list(reversed(range(500)))
     assert file.last_sequence() == 499
 
@@ -90,7 +154,7 @@ def test_what_was_written_is_read_back_newest_first(tmp_path: Path) -> None:
 def test_rotation_keeps_so_many_files_and_the_order(tmp_path: Path) -> None:
     file = audit_file(tmp_path, max_bytes=2000, keep=2)
     for n in range(1, 40):
-        file.write({**record(), "seq": n})
+        file.write(text({**record(), "seq": n}))
     assert [p.name for p in history(file.path)] == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"]
     kept = [r["seq"] for r in lines(tmp_path)]
     assert kept == list(range(kept[0], 40))
@@ -99,19 +163,20 @@ def test_rotation_keeps_so_many_files_and_the_order(tmp_path: Path) -> None:
 
 def test_a_file_that_somebody_moved_is_made_again(tmp_path: Path) -> None:
     file = audit_file(tmp_path)
-    file.write({**record(), "seq": 1})
+    file.write(text({**record(), "seq": 1}))
     os.rename(file.path, tmp_path / "elsewhere")
-    file.write({**record(), "seq": 2})
+    time.sleep(2 * LOOK_SECONDS)
+    file.write(text({**record(), "seq": 2}))
     assert [r["seq"] for r in lines(tmp_path)] == [2]
 
 
 def test_half_a_line_of_a_power_cut_is_cut_off(tmp_path: Path) -> None:
     file = audit_file(tmp_path)
-    file.write({**record(), "seq": 1})
+    file.write(text({**record(), "seq": 1}))
     with open(file.path, "ab") as f:
         f.write(b'{"seq":2,"tim')
     again = audit_file(tmp_path)
-    again.write({**record(), "seq": 2})
+    again.write(text({**record(), "seq": 2}))
     assert [json.loads(x)["seq"] for x in file.path.read_text().splitlines()] == [1, 2]
 
 
@@ -120,10 +185,10 @@ class BrokenFile(AuditFile):
 
     full = False
 
-    def write(self, record: Record) -> int:
+    def write(self, line: bytes) -> int:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(record)
+        return super().write(line)
 
 
 @pytest.fixture

@@ -36,10 +36,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "audit.jsonl"
 
 
+def as_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
 def write(path: Path, *records: dict[str, Any], max_bytes: int = 1 << 20) -> None:
     file = AuditFile(path, max_bytes=max_bytes, keep=8)
     for r in records:
-        file.write(r)
+        file.write(as_line(r))
     file.close()
 
 
@@ -148,7 +152,7 @@ def test_any_size_of_block_and_file_gives_the_same(
     records = [record(n, run, target="x" * (n * 7 % 90)) for n, run in enumerate(runs, start=1)]
     file = AuditFile(path, max_bytes=size, keep=100)
     for r in records:
-        file.write(r)
+        file.write(as_line(r))
     file.close()
     wanted = [r["seq"] for r in records if r["run"] == "a"]
     assert numbers(story(path, "a", limit=100, block=block)) == wanted

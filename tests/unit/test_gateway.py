@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sqlite3
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from aa.audit.file import AuditFile, read_backwards
 from aa.audit.journal import Journal
 from aa.audit.log import AuditLog, AuditUnavailable
 from aa.config import Config
+from aa.gateway import source
 from aa.gateway.__main__ import tell_authority
 from aa.gateway.gateway import Gateway, LayerNotReady, RunUnknown, TooManyRuns
 from aa.gateway.interfaces import enforce_service, run_service
@@ -217,6 +221,47 @@ def test_a_file_that_is_replaced_by_rename_is_noticed(gateway: Gateway, policies
     gateway.source.reload_if_changed()
     assert not gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
     assert gateway.decide(run.id, Layer.PROXY, connect("other.test", PUBLIC)).permits
+
+
+def test_while_a_policy_is_read_decisions_go_on_with_the_one_in_force(
+    gateway: Gateway, policies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(gateway)
+    go_on = threading.Event()
+    load = source.load
+
+    def slow(directory: Path) -> Any:
+        assert go_on.wait(30)
+        return load(directory)
+
+    def ask(host: str) -> bool:
+        return gateway.decide(run.id, Layer.PROXY, connect(host, PUBLIC)).permits
+
+    async def scenario() -> None:
+        (policies / "50-test.toml").write_text(POLICY.replace("allowed.test", "other.test"))
+        assert gateway.source.changed
+        reading = asyncio.create_task(gateway.source.reload_beside())
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+            assert ask("allowed.test") and not ask("other.test") and not reading.done()
+        go_on.set()
+        assert await reading == []
+        assert ask("other.test") and not ask("allowed.test") and not gateway.source.changed
+
+    monkeypatch.setattr(source, "load", slow)
+    interval = sys.getswitchinterval()
+    asyncio.run(scenario())
+    assert gc.isenabled() and sys.getswitchinterval() == interval
+
+
+def test_a_policy_that_cannot_be_read_beside_leaves_the_last_good_one(
+    gateway: Gateway, policies: Path
+) -> None:
+    run = start_run(gateway)
+    (policies / "60-broken.toml").write_text("[policy]\n")
+    problems = asyncio.run(gateway.source.reload_beside())
+    assert problems and gateway.source.state == "degraded"
+    assert gateway.decide(run.id, Layer.PROXY, connect("allowed.test", PUBLIC)).permits
 
 
 def test_a_policy_that_was_removed_denies(gateway: Gateway, policies: Path) -> None:

@@ -23,6 +23,7 @@ from aa.gateway.__main__ import refuse_governed
 from aa.gateway.approvals import (
     ACTION_LIMIT,
     GRANT_SECONDS,
+    UNSAID,
     Approval,
     Approvals,
     ApprovalUnknown,
@@ -139,7 +140,8 @@ def gateway(open_gateway: Open) -> Gateway:
 
 
 def remembering(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway.approvals, "terms", lambda *_: Terms(remember=True))
+    terms = replace(UNSAID, remember=True)
+    monkeypatch.setattr(gateway.approvals, "terms", lambda *_: terms)
 
 
 def records(tmp_path: Path) -> list[dict[str, Any]]:
@@ -238,7 +240,7 @@ def test_a_denial_is_told_with_its_note_and_holds_until_the_question_would_have_
     assert "denied by alice: not on a Friday" in denied.reason
     assert ask(gateway, run).effect is Effect.DENY
     assert ask(gateway, run, transfer(6)).effect is Effect.ASK
-    clock.now += Terms().timeout + 1
+    clock.now += UNSAID.timeout + 1
     assert ask(gateway, run).effect is Effect.ASK
 
 
@@ -247,7 +249,7 @@ def test_what_nobody_answers_in_time_is_denied_and_may_be_asked_again(
 ) -> None:
     run = start_run(gateway)
     asked = ask(gateway, run)
-    clock.now += Terms().timeout + 1
+    clock.now += UNSAID.timeout + 1
     gateway.approvals.expire()
     with pytest.raises(NotPending):
         approve(gateway, asked)
@@ -262,7 +264,7 @@ def test_an_approval_given_at_the_last_moment_can_still_be_used_for_a_while_and_
     run = start_run(gateway)
     for late, effect in ((GRANT_SECONDS - 1, Effect.ALLOW), (GRANT_SECONDS + 1, Effect.ASK)):
         asked = ask(gateway, run)
-        clock.now += Terms().timeout - 1
+        clock.now += UNSAID.timeout - 1
         approve(gateway, asked)
         clock.now += late
         assert ask(gateway, run).effect is effect
@@ -449,6 +451,20 @@ def test_whoever_answers_for_two_rules_is_named_by_both() -> None:
     assert approval.may_be_answered_by(Operator(1, "bob", frozenset({"aa-operators"})))
 
 
+def test_a_rule_says_who_may_answer_how_long_it_waits_and_how_long_it_counts(
+    open_gateway: Open, clock: Clock
+) -> None:
+    said = 'approve = { by = ["user:mallory"], timeout = "2h", remember = "run" }'
+    gateway = open_gateway(POLICY.replace('reason = "money"', said))
+    run = start_run(gateway)
+    asked = ask(gateway, run)
+    with pytest.raises(NotAllowed, match="user:mallory, not alice"):
+        approve(gateway, asked)
+    clock.now += 7000
+    approve(gateway, asked, MALLORY)
+    assert [ask(gateway, run).effect for _ in range(2)] == [Effect.ALLOW] * 2
+
+
 def test_an_operator_is_who_the_user_database_says_the_uid_is() -> None:
     me = operator_of(os.getuid())
     assert me.name == pwd.getpwuid(os.getuid()).pw_name and me.groups
@@ -495,7 +511,7 @@ def test_questions_that_end_by_themselves_are_recorded(
 ) -> None:
     run = start_run(gateway)
     ask(gateway, run)
-    clock.now += Terms().timeout + 1
+    clock.now += UNSAID.timeout + 1
     gateway.approvals.expire()
     ask(gateway, run, transfer(6))
     gateway.end(run.id, exit_code=0, signal=None)
@@ -507,7 +523,7 @@ def test_a_question_is_no_denial_and_an_unanswered_one_is(gateway: Gateway, cloc
     run = start_run(gateway)
     asked = ask(gateway, run)
     assert gateway.denials(run.id) == [] and gateway.denied == 0
-    clock.now += Terms().timeout + 1
+    clock.now += UNSAID.timeout + 1
     settled(gateway, run, asked)
     assert [r["target"] for r in gateway.denials(run.id)] == ["transfer"]
 
@@ -600,14 +616,14 @@ def test_a_restart_withdraws_the_questions_of_runs_that_ended_meanwhile(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from aa.gateway.approvals import Approvals, Operator, Question, Terms
+from aa.gateway.approvals import UNSAID, Approvals, Operator, Question
 from aa.model import Action, Decision, Effect, Kind, Layer, Run
 store = Approvals(Path(sys.argv[1]))
 run = Run("run1", "codex", "dev", 1000)
 def ask(n):
     asked = Question({"n": n}, ("t/x",), str(n))
     decision = Decision(Effect.ASK, "", "t/x", "")
-    return store.ask(run, Layer.SDK, Action(Kind.TOOL_CALL, "t"), asked, decision, Terms(),
+    return store.ask(run, Layer.SDK, Action(Kind.TOOL_CALL, "t"), asked, decision, UNSAID,
                      per_run=9, in_all=9)
 alice = Operator(0, "root")
 pending, given, used = ask(0), ask(1), ask(2)

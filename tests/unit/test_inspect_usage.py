@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -192,3 +193,19 @@ def test_tells_which_requests_must_be_read() -> None:
 def test_no_answer_makes_the_reader_fail(parts: list[bytes], content_type: str) -> None:
     reader = read(content_type, *parts)
     assert reader.problem or reader.tokens.known
+
+
+def test_an_event_that_cannot_be_read_ends_the_reading_however_it_is_cut() -> None:
+    events = b'data: "usage" broken\n\ndata: {"usage": {"input_tokens": 1, "output_tokens": 2}}\n\n'
+    whole, cut = read(EVENTS, events), read(EVENTS, *(bytes((byte,)) for byte in events))
+    assert (whole.problem, whole.tokens) == (cut.problem, cut.tokens)
+    assert not whole.tokens.known
+
+
+def test_a_long_event_in_small_pieces_takes_time_by_its_length() -> None:
+    reader = UsageReader(EVENTS, "")
+    before = time.process_time()
+    for _ in range(400_000):
+        reader.feed(b"x")
+    assert time.process_time() - before < 5
+    assert not reader.problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import threading
@@ -17,7 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aa.varlink import AsyncClient, Call, Client, Server, Service, VarlinkError, load_interface
-from aa.varlink.codec import MAX_DEPTH, MAX_MESSAGE, Framer, ProtocolError, decode, encode
+from aa.varlink.codec import (
+    MAX_DEPTH,
+    MAX_MESSAGE,
+    Framer,
+    ProtocolError,
+    _strict,
+    _usual,
+    decode,
+    encode,
+)
 from aa.varlink.server import CALLS_PER_TURN, MAX_FDS, UNSENT_BEFORE_MORE, Limits
 from aa.varlink.idl import IdlError, parse_interface
 
@@ -70,6 +80,70 @@ def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
 def test_refuses_what_two_readers_could_read_differently(message: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode(message)
+
+
+space = st.sampled_from(["", "", "", " ", "\t", "\n", "\r"])
+written_text = st.text(st.sampled_from('ab":\\ ,{}\u00e9'), max_size=4).map(
+    lambda t: json.dumps(t, ensure_ascii=len(t) % 2 == 0)
+)
+written_scalar = written_text | st.sampled_from(
+    ["1", "-0.5", "true", "null", "NaN", "1e999", '"\\ud800"']
+)
+
+
+def objects(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """JSON objects as text, with few keys, so that some are there twice, and spaces anywhere."""
+    pair = st.builds(
+        lambda k, a, b, v: f"{k}{a}:{b}{v}", written_text | st.just('"k"'), space, space, values
+    )
+    return st.lists(pair, max_size=3).map(lambda pairs: "{" + ",".join(pairs) + "}")
+
+
+written = st.recursive(
+    written_scalar,
+    lambda inner: objects(inner) | st.lists(inner, max_size=3).map(lambda v: f"[{','.join(v)}]"),
+    max_leaves=12,
+)
+
+
+@given(objects(written), space)
+def test_the_quick_way_to_read_a_message_reads_what_the_strict_one_does_or_nothing(
+    text: str, behind: str
+) -> None:
+    message = (text + behind).encode()
+    try:
+        strict = _strict(message)
+    except ProtocolError:
+        strict = None
+    usual = _usual(message)
+    assert usual is None or usual == strict
+    if strict is not None:
+        assert decode(message) == strict
+    else:
+        with pytest.raises(ProtocolError):
+            decode(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"a" :1,"a":2}',
+        b'{"a":"x\\":","a":2}',
+        b'{"a":{"b":1,"b":2},"c":"\\":"}',
+        b'{"a":[{"b":1,"b":2}]}',
+        b'{"a"\t:1,"a":1}',
+    ],
+)
+def test_a_key_given_twice_is_found_however_it_is_hidden(message: bytes) -> None:
+    assert _usual(message) is None
+    with pytest.raises(ProtocolError, match="twice"):
+        decode(message)
+
+
+def test_what_our_own_clients_write_is_read_the_quick_way() -> None:
+    action = {"kind": "tool.call", "target": "x", "attributes": {"args": {"a": ["b:c", 'd"']}}}
+    message = {"method": "a.B", "parameters": {"action": action, "n": [{}, {"k": None}]}}
+    assert _usual(encode(message)[:-1]) == message
 
 
 def test_accepts_a_deep_message_within_the_limit() -> None:
@@ -147,6 +221,12 @@ def test_parameters_that_fit_are_accepted() -> None:
 def test_parameters_that_do_not_fit_are_named(change: dict[str, Any], wrong: str) -> None:
     good = {"a": True, "e": "one", "l": [], "m": {}}
     assert TEST_INTERFACE.wrong_parameter("M", {**good, **change}) == wrong
+
+
+def test_a_type_may_name_itself() -> None:
+    linked = parse_interface("interface t.t\ntype N (v: int, next: ?N)\nmethod M(n: N) -> ()\n")
+    assert linked.wrong_parameter("M", {"n": {"v": 1, "next": {"v": 2}}}) is None
+    assert linked.wrong_parameter("M", {"n": {"v": 1, "next": {"v": "2"}}}) == "n"
 
 
 # -- a real server; the Launch interface serves because it has streams and descriptors

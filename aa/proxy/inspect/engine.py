@@ -25,8 +25,10 @@ from mitmproxy.proxy import commands, events, mode_specs, server
 from mitmproxy.proxy.layers import http as http_layers
 from mitmproxy.proxy.layers import modes, tls, websocket
 from mitmproxy.proxy.layers.http import _http1, _http2
+from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection as WebSocketClose
 from wsproto.events import Message as WebSocketMessage
+from wsproto.events import Ping, Pong
 
 from aa.model import Decision, deny
 from aa.proxy.denial import Refusal, http_answer, http_fields, tls_alert
@@ -46,6 +48,8 @@ UNSENT_LIMIT = 1 << 20
 """Bytes that wait for an HTTP/2 peer's window; then the other side is not read."""
 MESSAGE_LIMIT = 16 << 20
 """Bytes of one WebSocket message."""
+FRAME_BYTES = 64
+"""What each frame of a message counts as, besides what is in it."""
 UPSTREAMS_PER_CLIENT = 32
 """Connections to the origin for one client connection at a time; further requests wait."""
 
@@ -739,11 +743,35 @@ class Http2Client(_http2.Http2Client):
         context.options.http2.append(self)
 
 
+class _Frames(list[bytearray]):
+    """The frames of a message that is not whole yet. Each grows in place, however it comes."""
+
+    def append(self, frame: bytes | bytearray) -> None:
+        super().append(bytearray(frame))
+
+
 class WebSocketEnd(websocket.WebsocketConnection):
-    """One end of a WebSocket. What is too large, or denied, ends both with a reason."""
+    """One end of a WebSocket. What is too large, or denied, ends both with a reason.
+
+    Nobody decides what is in pings, pongs and the reason that a client closes with, so it goes no
+    further than to us. The pings themselves do: they keep both ways open.
+    """
 
     _size = 0
     _denied = ""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        self.pings: list[bytes] = []
+        """Payloads that this end waits for the echo of."""
+        super().__init__(*args, **named)
+
+    @property
+    def frame_buf(self) -> _Frames:
+        return self._frames
+
+    @frame_buf.setter
+    def frame_buf(self, frames: list[bytes]) -> None:
+        self._frames = _Frames(bytearray(frame) for frame in frames)
 
     def deny(self, why: str) -> None:
         """No further message of this end is read."""
@@ -752,24 +780,46 @@ class WebSocketEnd(websocket.WebsocketConnection):
     def events(self) -> Iterator[Any]:
         for event in super().events():
             if isinstance(event, WebSocketMessage):
-                self._size += len(event.data)
+                self._size += len(event.data) + FRAME_BYTES * event.frame_finished
                 if self._size > MESSAGE_LIMIT:
                     yield WebSocketClose(1009, f"more than {MESSAGE_LIMIT} bytes")
                     return
                 if event.message_finished:
                     self._size = 0
+            elif isinstance(event, Ping):
+                self.pings.append(bytes(event.payload))
+                event = Ping()
+            elif isinstance(event, Pong):
+                event = Pong()
+            elif isinstance(event, WebSocketClose) and not self.client:
+                event = WebSocketClose(event.code)
             yield event
             if self._denied:
                 yield WebSocketClose(1008, self._denied)
                 return
 
+    def echoes(self) -> Iterator[Any]:
+        """The answers to its pings."""
+        pings, self.pings = self.pings, []
+        if self.state is ConnectionState.OPEN:
+            for payload in pings:
+                yield self.send2(Pong(payload))
+
 
 class WebSocket(websocket.WebsocketLayer):
     """The messages of one WebSocket."""
 
+    client_ws: WebSocketEnd
+    server_ws: WebSocketEnd
+
     def start(self, event: Any) -> Iterator[Any]:
         yield from super().start(event)
         self.flow.metadata[SOCKETS] = (self.client_ws, self.server_ws)
+
+    def relay_messages(self, event: Any) -> Iterator[Any]:
+        yield from super().relay_messages(event)
+        for end in (self.client_ws, self.server_ws):
+            yield from end.echoes()
 
     _handle_event = start
 

@@ -53,6 +53,7 @@ from aa.proxy.inspect.request import (
     looks_like_http,
     outgoing_fields,
 )
+from aa.proxy.inspect.secret import Injection, Mask, NoSecret, read_credential
 from aa.proxy.inspect.session import INSPECT, INSPECT_LIMIT, MAX_INSPECT_LIMIT, Session, Waiting
 from aa.proxy.inspect.tls import REFUSES_CERTIFICATE, Presented, Trusted
 from aa.proxy.inspect.usage import (
@@ -66,7 +67,8 @@ from aa.proxy.inspect.usage import (
 from aa.sockdiag import SockDiag
 
 PINNED, NOT_HTTP, NO_LEAF = "<pinned>", "<not-http>", "<no-certificate>"
-ENCODING, LLM_USAGE = "<encoding>", "<llm-usage>"
+ENCODING, LLM_USAGE, SECRET = "<encoding>", "<llm-usage>", "<secret>"
+INJECT = "inject"
 
 EXCHANGE = "aa.exchange"
 
@@ -88,16 +90,21 @@ class Exchange:
         self.usage: UsageReader | None = None
         self.whole = False
         """Whether the answer came to its end."""
+        self.mask: Mask | None = None
+        """Of a request that has a secret in it: no answer may show it."""
 
     def count_sent(self, data: bytes) -> bytes:
         self.sent += len(data)
         return data
 
-    def count_received(self, data: bytes) -> bytes:
+    def count_received(self, data: bytes) -> bytes | list[bytes]:
         self.received += len(data)
         if self.usage is not None:
             self.usage.feed(data)
-        return data
+        if self.mask is None:
+            return data
+        shown = self.mask.feed(data)
+        return [shown] if shown else []  # an empty chunk would end the answer
 
 
 class Orders:
@@ -107,7 +114,11 @@ class Orders:
         self.body: Mapping[str, Any] = {}
         self.ws: Mapping[str, Any] = {}
         self.limit = INSPECT_LIMIT
+        self.secrets: list[Injection] = []
         for one in obligations:
+            if one.name == INJECT:
+                self.secrets.append(Injection.from_json(one.parameters))
+                continue
             if one.name != INSPECT:
                 raise MalformedValue(f"this proxy cannot meet {one.name}")
             unknown = sorted(set(one.parameters) - {"body", "ws", "limit"})
@@ -339,8 +350,33 @@ class Hooks:
         conn.flows.add(flow)
         flow.request.headers = http.Headers(outgoing_fields(head, session, upgrade=request.upgrade))
         flow.request.authority = session.authority if head.version == "HTTP/2.0" else ""
+        try:
+            self._inject(exchange, session, flow.request)
+        except NoSecret as e:
+            conn.flows.discard(flow)
+            denied = deny(str(e), rule=SECRET)
+            conn.state.refuse(denied, head.shown)
+            refuse_flow(flow, session, denied)
+            return
         if not orders.body and not exchange.provider:
             flow.request.stream = exchange.count_sent
+
+    def _inject(self, exchange: Exchange, session: Session, request: Any) -> None:
+        """Puts secrets where the agent holds their placeholders: over TLS to a verified name alone.
+        Raises `NoSecret`."""
+        used = []
+        for one in exchange.orders.secrets:
+            values = [v.encode("latin-1", "replace") for v in request.headers.get_all(one.header)]
+            if not any(map(one.is_asked_for, values)):
+                continue
+            if session.protocol != "tls" or not session.host:
+                raise NoSecret(f"the secret {one.id} goes to a name over TLS alone")
+            secret = read_credential(one.credential)
+            request.headers[one.header] = one.filled(secret).decode("ascii")
+            used.append(secret)
+        if used:
+            exchange.mask = Mask(tuple(used))
+            request.headers["accept-encoding"] = "identity"
 
     def _look_for_a_model(
         self, exchange: Exchange, session: Session, request: Any
@@ -429,7 +465,8 @@ class Hooks:
             return None
         facts = body_facts(exchange.orders.body, content)
         decision = await self._with(conn, exchange, shown, body=facts)
-        return None if decision.permits else decision
+        orders = self._orders(conn, decision, shown)
+        return orders if isinstance(orders, Decision) else None
 
     async def _judge_model(
         self, conn: Connection, flow: Any, exchange: Exchange, content: bytes
@@ -455,14 +492,9 @@ class Hooks:
         attributes["host"] = conn.session.host
         action = Action(Kind.LLM_REQUEST, target, attributes)
         decision = await self._decide(conn, action, shown)
-        if isinstance(self._orders(conn, decision, shown), Decision):
-            return (
-                decision
-                if not decision.permits
-                else deny(
-                    "this proxy cannot meet what the decision is bound to", rule=decision.rule
-                )
-            )
+        orders = self._orders(conn, decision, shown)
+        if isinstance(orders, Decision):
+            return orders
         flow.request.headers["accept-encoding"] = "identity"
         return None
 
@@ -477,6 +509,11 @@ class Hooks:
         exchange: Exchange | None = flow.metadata.get(EXCHANGE)
         if REFUSAL in flow.metadata or exchange is None:
             return
+        if exchange.mask is not None and not self._mask_head(exchange.mask, flow.response):
+            why = "the answer to a request with a secret is encoded, so the secret could be in it"
+            conn.state.refuse(deny(why, rule=SECRET), flow.metadata[SHOWN])
+            conn.abort(why)
+            return
         if flow.response.status_code == 101:
             return
         if exchange.model and flow.response.status_code < 400:
@@ -488,10 +525,19 @@ class Hooks:
         if conn.session.single:
             flow.response.headers["Connection"] = "close"
 
+    def _mask_head(self, mask: Mask, response: Any) -> bool:
+        """False for an answer in whose body a secret could not be seen."""
+        response.headers = _masked(mask, response.headers)
+        response.data.reason = mask.all(response.data.reason)
+        encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        return encoding in ("", "identity")
+
     def response(self, conn: Connection, flow: Any) -> None:
         exchange: Exchange | None = flow.metadata.get(EXCHANGE)
         if exchange is not None:
             exchange.whole = True
+            if exchange.mask is not None and flow.response.trailers is not None:
+                flow.response.trailers = _masked(exchange.mask, flow.response.trailers)
         if flow.websocket is None:
             self._tell(conn, flow, "closed")
 
@@ -504,6 +550,8 @@ class Hooks:
         message = flow.websocket.messages[-1]
         del flow.websocket.messages[:-1]
         exchange: Exchange = flow.metadata[EXCHANGE]
+        if exchange.mask is not None and not message.from_client:
+            message.content = exchange.mask.all(message.content)
         direction = OUT if message.from_client else IN
         if judges(exchange.orders.ws, direction):
             message.dropped = True  # until it is allowed
@@ -515,8 +563,10 @@ class Hooks:
                 why = f"denied by {decision.rule}"
                 ends[0 if message.from_client else 1].deny(why[:120])
                 return
-        count = exchange.count_sent if message.from_client else exchange.count_received
-        count(message.content)
+        if message.from_client:
+            exchange.sent += len(message.content)
+        else:
+            exchange.received += len(message.content)
 
     def websocket_end(self, conn: Connection, flow: Any) -> None:
         why = flow.websocket.close_reason or "closed"
@@ -592,6 +642,10 @@ class Hooks:
                 attributes=attributes,
             )
         )
+
+
+def _masked(mask: Mask, headers: Any) -> Any:
+    return http.Headers([(mask.all(n), mask.all(v)) for n, v in headers.fields])
 
 
 def head_of(request: Any) -> Head:

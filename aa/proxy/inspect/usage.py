@@ -134,10 +134,11 @@ class UsageReader:
     def feed(self, data: bytes) -> None:
         if self.problem:
             return
-        self._held += data
         if self._events:
-            self._lines()
-        elif len(self._held) > ANSWER_LIMIT:
+            self._lines(data)
+            return
+        self._held += data
+        if len(self._held) > ANSWER_LIMIT:
             self._give_up(f"the answer is larger than {ANSWER_LIMIT} bytes")
 
     def end(self) -> None:
@@ -152,16 +153,21 @@ class UsageReader:
         if not self.problem and not self.tokens.known:
             self.problem = "the answer does not say what was used"
 
-    def _lines(self) -> None:
-        *whole, rest = self._held.split(b"\n")
-        self._held = bytearray(rest)
-        for line in whole:
-            self._line(bytes(line))
+    def _lines(self, data: bytes) -> None:
+        """Only the new bytes are searched: a provider may send a long line byte by byte."""
+        first, *others = data.split(b"\n")
+        self._held += first
+        for other in others:
+            if not self.problem:
+                self._line(bytes(self._held))
+                self._held = bytearray(other)
         if len(self._held) > LINE_LIMIT:
             self._give_up(f"an event is larger than {LINE_LIMIT} bytes")
 
     def _line(self, line: bytes) -> None:
-        if line.startswith(b"data:") and b'"usage"' in line:
+        if len(line) > LINE_LIMIT:
+            self._give_up(f"an event is larger than {LINE_LIMIT} bytes")
+        elif line.startswith(b"data:") and b'"usage"' in line:
             self._take(line[5:])
 
     def _take(self, text: bytes) -> None:

@@ -30,7 +30,7 @@ import h2.connection  # noqa: E402
 import wsproto.frame_protocol as frames  # noqa: E402
 from hpack import Encoder  # noqa: E402
 
-from aa.model import Action, Decision, Effect, Obligation  # noqa: E402
+from aa.model import Action, Decision, Effect, Kind, Obligation  # noqa: E402
 from aa.proxy.ask import Refusals  # noqa: E402
 from aa.proxy.inspect import engine, hooks  # noqa: E402
 from aa.proxy.inspect.handover import introduction  # noqa: E402
@@ -54,13 +54,19 @@ SECONDS = 5.0
 FORBIDDEN = b"forbidden"
 SESSION = Session(
     id="i", secret="s", run="r", uid=1000, host="a.example", port=80, protocol="http",
-    addresses=(ip_address("192.0.2.1"),), wanted=Wanted(body=True, ws=True),
+    addresses=(ip_address("192.0.2.1"),), wanted=Wanted(body=True, ws=True, llm=True),
 )  # fmt: skip
 JUDGED = (
     Obligation(
         "inspect",
         {"body": {"texts": ["*forbidden*"]}, "ws": {"out": ["*forbidden*"]}, "limit": 4096},
     ),
+)
+
+
+MODEL = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n3a\r\n"
+    b'data: {"usage": {"input_tokens": 1, "output_tokens": 2}}\n\n\r\n0\r\n\r\n'
 )
 
 
@@ -90,6 +96,10 @@ class Brain:
 
     async def decide(self, run: str, action: Action, *, approval: str = "") -> Decision:
         a = action.attributes
+        if action.kind is Kind.LLM_REQUEST:
+            return Decision(
+                Effect.DENY if "no" in action.target else Effect.ALLOW, "", "t/m", "rev"
+            )
         facts = a.get("body") or a.get("ws") or {}
         denied = a["path"].startswith("/denied") or bool(facts.get("texts"))
         orders = JUDGED if a["path"].startswith("/judged") and not facts else ()
@@ -109,6 +119,13 @@ class Diag:
 
     def owner(self, *_: Any) -> Diag:
         return self
+
+
+class Prices:
+    """Whoever is asked is a model provider, but it is only metered where its paths are."""
+
+    def provider_of(self, host: str) -> str:
+        return "p"
 
 
 def _split(client: bytes, origin: bytes, how: int = 0) -> bytes:
@@ -140,7 +157,15 @@ def seeds() -> Iterator[bytes]:
         (b"CONNECT a.example:80 HTTP/1.1\r\nHost: a.example\r\n\r\n" + get, ok),
         (b"GET /judged/ws" + host + upgrade + _frame(b"hello") + _frame(b"forbidden"), switched),
         (b"GET /ws" + host + upgrade + _frame(b"forbidden"), switched + b"\x81\x02hi\x88\x00"),
+        (
+            b"GET /judged/ws" + host + upgrade + _frame(b"forbidden", 9) + _frame(b"forbidden", 10),
+            switched,
+        ),
+        (b"GET /judged/ws" + host + upgrade + _frame(b"\x03\xe8forbidden", 8), switched),
+        (b"GET /judged/ws" + host + upgrade + _frame(b"", 9), switched + b"\x89\x02hi"),
         (b"GET /judged/ws" + host + upgrade.partition(b"\n")[2] + _frame(b"unasked"), switched),
+        (b"POST /v1/messages" + host + b"Content-Length: 13\r\n\r\n" + b'{"model":"m"}', MODEL),
+        (b"POST /v1/messages" + host + b"Content-Length: 14\r\n\r\n" + b'{"model":"no"}' + get, ok),
         (b"\x16\x03\x01\0\x05hello", ok),
     ):
         yield _split(client, origin)
@@ -154,9 +179,9 @@ def seeds() -> Iterator[bytes]:
         yield _split(_http2(path, body), ok, how=1)
 
 
-def _frame(text: bytes) -> bytes:
-    """A message of a client, masked with zeros."""
-    return b"\x81" + bytes((0x80 | len(text),)) + bytes(4) + text
+def _frame(text: bytes, kind: int = 1) -> bytes:
+    """A frame of a client, masked with zeros."""
+    return bytes((0x80 | kind, 0x80 | len(text))) + bytes(4) + text
 
 
 def _http2(path: str, body: bytes) -> bytes:
@@ -197,6 +222,7 @@ async def _inspected(http2: bool, step: int, client: bytes, answer: bytes) -> No
         presented=nothing,
         trusted=nothing,
         diag=Diag(),  # type: ignore[arg-type]
+        prices=Prices,  # type: ignore[arg-type]
     ).table()
     ours, theirs = socket.socketpair()
     engine.dial = got.dial
@@ -290,6 +316,8 @@ def _judge(brain: Brain, got: _Origins, connection: Any) -> None:
             allowed.remove((method, path))
             if path.startswith("/judged"):
                 assert FORBIDDEN not in body, body
+            if path == "/v1/messages":
+                assert b'"no"' not in body, body
 
 
 def _requests(data: bytes) -> Iterator[tuple[str, str, bytes]]:
@@ -320,7 +348,7 @@ def _requests(data: bytes) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _messages(data: bytes) -> Iterator[bytes]:
-    """The whole messages in what a WebSocket's client sent."""
+    """The whole messages in what a WebSocket's client sent, and what else can carry words."""
     protocol, message = frames.FrameProtocol(client=False, extensions=[]), b""
     protocol.receive_bytes(data)
     for frame in protocol.received_frames():
@@ -330,3 +358,7 @@ def _messages(data: bytes) -> Iterator[bytes]:
             if frame.message_finished:
                 yield message
                 message = b""
+        elif frame.opcode is frames.Opcode.CLOSE:
+            yield (frame.payload[1] or "").encode()
+        else:
+            yield bytes(frame.payload)

@@ -69,10 +69,11 @@ def one(data: bytes) -> None:
 
 def _record(record: dict[str, Any], target: str) -> None:
     """One line of JSON that others read as well, one line of text, and no field of anybody's own."""
-    line = json.dumps(record, allow_nan=False)
-    assert "\n" not in line and json.loads(line) == record
+    attributes = records.bounded_attributes(record)
+    line = records.line(record, attributes)
+    assert line.count(b"\n") == 1 and json.loads(line) == record
     assert records.sentence(record).isprintable()
-    names = set(_journal_fields(datagram(record)))
+    names = set(_journal_fields(datagram(record, attributes)))
     assert names <= FIELDS, names - FIELDS
 
 
