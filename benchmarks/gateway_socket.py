@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import multiprocessing
 import os
-import platform
 import selectors
 import socket
 import statistics
@@ -400,6 +398,15 @@ def end(s: Stage, longest: list[float]) -> Iterator[Measure]:
 
 
 def measure() -> Iterator[Measure]:
+    before = os.sched_getaffinity(0)
+    pin(1)
+    try:
+        yield from _measure()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _measure() -> Iterator[Measure]:
     with stage() as s:
         yield from one_client(s)
         yield from many_clients(s)
@@ -407,8 +414,6 @@ def measure() -> Iterator[Measure]:
 
 
 def main() -> None:
-    pin(1)
-    print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores"}))
     for found in measure():
         print(f"{found.name}: {found.value} ({found.how})", flush=True)
 

@@ -23,7 +23,7 @@ from tests.lab.guarded import (
 )
 from tests.lab.harness import Container, eventually
 from tests.lab.harness.__main__ import newest_debs
-from tests.lab.harness.names import API, DENIED, GIT, MIXED, REBOUND, V4_ONLY, V6_ONLY
+from tests.lab.harness.names import API, DENIED, GIT, MIXED, OTHER, REBOUND, V4_ONLY, V6_ONLY
 
 CA = "/usr/local/share/ca-certificates/lab-origins.crt"
 NODE = """
@@ -470,6 +470,41 @@ def test_a_changed_policy_is_in_force_without_a_restart(box: Container) -> None:
     try:
         box.run(["aasm", "policy", "reload"]).check()
         assert governed(box, ["curl", "-sS", "--max-time", "5", "https://other.test/"]).ok
+    finally:
+        box.push(POLICY_FILE, before)
+        box.run(["aasm", "policy", "reload"]).check()
+
+
+def test_a_person_is_asked_before_anything_is_resolved_and_the_connection_goes_on(
+    box: Container,
+) -> None:
+    before, mark = box.pull(POLICY_FILE), box.origins.mark()
+    asks = (
+        '\n[[rule]]\nid = "asks"\neffect = "ask"\n'
+        f'network = {{ hosts = ["{OTHER}"], cidrs = ["10.77.0.0/24", "fd77::/64"] }}\n'
+    )
+    box.push(POLICY_FILE, before + asks)
+    list_ = ["aasm", "approvals", "list", "--json"]
+    try:
+        box.run(["aasm", "policy", "reload"]).check()
+        curl = ["curl", "-sS", "--max-time", "60", f"https://{OTHER}/"]
+        command = ["aasm", "run", "--agent", "sample", "--", *curl]
+        client = box.popen(command, user="dev", cwd=WORK)
+        (one,) = eventually(
+            lambda: json.loads(box.run(list_).check().out), timeout=20, what="a question waits"
+        )
+        assert (one["target"], one["rules"]) == (f"{OTHER}:443", ["lab/asks"])
+        assert not box.origins.since(mark, kind="dns", name=OTHER)
+        approve = ["aasm", "approvals", "approve", one["id"]]
+        assert not governed(box, approve).ok and not box.run(approve, user="plain").ok
+        assert client.poll() is None
+        box.run([*approve, "--note", "the lab"]).check()
+        assert client.wait(timeout=30) == 0
+        assert box.origins.since(mark, kind="dns", name=OTHER)
+        told = [r for r in records(box) if r["attributes"].get("approval") == one["id"]]
+        assert [r["decision"] for r in told] == ["ask", "", "allow", "allow"]
+        assert told[1]["reason"] == "approved by root: the lab"
+        assert json.loads(box.run(list_).check().out) == []
     finally:
         box.push(POLICY_FILE, before)
         box.run(["aasm", "policy", "reload"]).check()
