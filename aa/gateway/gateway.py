@@ -784,9 +784,13 @@ class Gateway:
             found.insert(0, NO_POLICY_REASON)
         if self.registry.halt is not None:
             found.insert(0, str(self.registry.halt))
+        return found + self.state_problems()
+
+    def state_problems(self) -> list[str]:
+        """What is not well with what is kept: counters, approvals, records."""
         policy = self.source.policy
-        if policy is not None and any(file.limits for file in policy.files):
-            found += self.limits.problems()
+        limited = policy is not None and any(file.limits for file in policy.files)
+        found = self.limits.problems() if limited else []
         if self.approvals.problem:
             found.append(self.approvals.problem)
         return found + self.audit.problems

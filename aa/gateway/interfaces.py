@@ -338,11 +338,7 @@ def control_service(gateway: Gateway, *, pid: int) -> Service:
             "policy": source.revision,
             "policy_state": source.state,
             "problems": [p.as_json() for p in (*source.problems, *gateway.config_problems)]
-            + [
-                Problem("", 0, "", text, "").as_json()
-                for text in (*gateway.audit.problems, gateway.approvals.problem)
-                if text
-            ],
+            + [Problem("", 0, "", text, "").as_json() for text in gateway.state_problems()],
             "components": [
                 {
                     "name": c.name,
