@@ -120,7 +120,8 @@ def play(box: Container) -> bool:
         story = tell_story(box)
     with step("measuring"):
         found = measure_all(box)
-    console.print(attempts_table(outcomes), *told(story), measures_table(found))
+    for part in (attempts_table(outcomes), *told(story), measures_table(found)):
+        console.print(part)
     surprises = sum(not outcome.as_expected for outcome in outcomes) + (not story.seen)
     console.print(
         f"{len(outcomes)} attempts and a story; {surprises} surprises. "

@@ -66,12 +66,19 @@ def start(box: Container) -> None:
     await_signer(box, names.INSPECTED)
 
 
-STORY = (
-    "date > note; "
-    f"curl --silent https://{names.API}/undecrypted; "
-    f"curl --silent https://{names.INSPECTED}/public/story; "
-    "rm note"
-)
+FETCH = f"""
+import time, urllib.request
+for path in ("/hello", "/undecrypted"):
+    urllib.request.urlopen("https://{names.API}" + path, timeout=8).read()
+    time.sleep(1)
+"""
+"""The first request may come before the probes are in the new process, the second does not."""
+STORY = f"""
+date > note
+/usr/bin/python3 -I -c '{FETCH}'
+curl --silent https://{names.INSPECTED}/public/story
+rm note
+"""
 STORY_KINDS = ("exec", "file.open", "file.unlink", "dns.query", "net.connect", "http.request")
 
 
@@ -92,7 +99,12 @@ def tell_story(box: Container) -> Story:
     ).check()
     records = _records(box, cursor)
     run = next(r["AA_RUN"] for r in records)
-    seen = [r for r in records if r["AA_KIND"] == "http.request" and r["AA_LAYER"] == "kernel"]
+    seen = [
+        r
+        for r in records
+        if (r["AA_KIND"], r["AA_LAYER"]) == ("http.request", "kernel")
+        and names.API in r.get("AA_TARGET", "")
+    ]
     kinds = [word for kind in STORY_KINDS for word in ("--kind", kind)]
     shown = box.run(
         ["aasm", "runs", "show", run, "--timeline", *kinds], user="dev", env={"COLUMNS": "180"}
