@@ -85,8 +85,12 @@ def told(story: Story) -> Iterator[Text]:
         yield Text(f"  {record['AA_SEQ']}: {record['MESSAGE'].partition(': ')[2]}")
     if not story.seen:
         yield Text("  NO RECORD", style="bold red")
-    yield Text(f"\naasm runs show {story.run} --timeline", style="italic")
-    yield Text(story.timeline)
+    yield Text(
+        f"\naasm runs show {story.run} --timeline, from where its program begins", style="italic"
+    )
+    head, *rows = story.timeline.splitlines()
+    begins = next((n for n, row in enumerate(rows) if "/usr/bin/sh -c" in row), 0)
+    yield Text("\n".join([head, *rows[begins:]]), no_wrap=True, overflow="ellipsis")
 
 
 def measures_table(found: list[measures.Measure]) -> Table:

@@ -107,7 +107,7 @@ def tell_story(box: Container) -> Story:
     ]
     kinds = [word for kind in STORY_KINDS for word in ("--kind", kind)]
     shown = box.run(
-        ["aasm", "runs", "show", run, "--timeline", *kinds], user="dev", env={"COLUMNS": "180"}
+        ["aasm", "runs", "show", run, "--timeline", *kinds], user="dev", env={"COLUMNS": "400"}
     ).check()
     return Story(run, seen, shown.out)
 
