@@ -39,6 +39,9 @@ from aa.varlink.server import Limits
 
 VANISHED_SECONDS = 5.0
 SECOND = 1.0
+TELL_AGAIN_SECONDS = (2.0, 10.0, 60.0)
+"""systemd's path unit sees no change while aa-ca.service runs: a list published then would wait for
+the next one. So the file is touched again when the service is surely over."""
 TIDY_SECONDS = 60.0
 RUN_LIMITS = Limits(connections=32, connections_per_uid=32, calls_per_second=4000)
 """Of one run's own socket: what a hostile run can take of the time and memory of all."""
@@ -142,7 +145,13 @@ async def main(daemon: Daemon) -> None:
             f"systemd passed no socket for {', '.join(sorted(missing))}",
             hint="start it with `systemctl start aa-gateway.service`, its sockets come first",
         )
-    gateway.on_policy = lambda policy: tell_authority(gateway, policy)
+
+    def in_force(policy: Policy) -> None:
+        tell_authority(gateway, policy)
+        for seconds in TELL_AGAIN_SECONDS:
+            asyncio.get_running_loop().call_later(seconds, tell_again, INSPECTED_HOSTS)
+
+    gateway.on_policy = in_force
     gateway.source.reload()
     gateway.end_vanished()
     run_sockets.sweep()
@@ -192,6 +201,11 @@ def tell_authority(gateway: Gateway, policy: Policy, path: Path = INSPECTED_HOST
     except (OSError, CertificateAuthorityError) as e:
         told = f"the authority does not know which hosts are inspected: {e}"
         gateway.write_event(Kind.GUARD, "ca", told, alert=True)
+
+
+def tell_again(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def end_vanished(gateway: Gateway, run_sockets: RunSockets) -> None:

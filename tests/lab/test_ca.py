@@ -97,6 +97,24 @@ def test_a_changed_list_of_hosts_reissues_the_intermediate_by_itself(box: Contai
     assert shown(box)["intermediate"] == before, "the same hosts in another order change nothing"
 
 
+def test_a_list_that_is_only_touched_is_read_again(box: Container) -> None:
+    """The gateway does it a while after each change, which may have come while the service ran."""
+    publish(box, "touched.example\n")
+    eventually(lambda: permitted(box) == ["touched.example"], what="the list is in force")
+
+    def started() -> str:
+        return box.show(SERVICE, "ExecMainStartTimestampMonotonic", "ActiveState")[
+            "ExecMainStartTimestampMonotonic"
+        ]
+
+    eventually(
+        lambda: box.show(SERVICE, "ActiveState") == {"ActiveState": "inactive"}, what="it is over"
+    )
+    before = started()
+    box.raw(["touch", HOSTS]).check()
+    eventually(lambda: started() != before, what="the service ran again")
+
+
 def permitted(box: Container) -> list[str]:
     names: list[str] = shown(box)["intermediate"]["constraints"]["permitted"]
     return names
