@@ -20,7 +20,7 @@ from tests.lab.harness.container import REPOSITORY
 from tests.lab.qemu.guest import GUEST_TIMEOUT, Report, boot
 from tests.lab.qemu.image import ENGINES, image
 
-FILES = ("case_debian", "case_package", "case_chain", "case_kernel", "case_faults", "case_purge")
+FILES = ("case_debian", "case_package", "case_chain", "case_faults", "case_purge")
 """In this order: the package comes with the second and is gone with the last."""
 
 CASE_TIMEOUT = 600  # seconds for one case in the guest
