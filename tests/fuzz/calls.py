@@ -20,6 +20,8 @@ CALLS_LIMIT = 32
 """Of one input."""
 WAITING_SECONDS = 0.02
 """For what may rightly take long: it is given up then."""
+QUIET_TURNS = 50
+"""Of the loop without a word, after which nothing more is expected."""
 GET_INFO = encode({"method": "org.varlink.service.GetInfo"})
 
 
@@ -62,14 +64,14 @@ async def _connected(
         with contextlib.suppress(OSError):
             count = ours.sendmsg([data], rights)
             data = data[count:]
-        for turn in range(400):
+        quiet = 0
+        while quiet < QUIET_TURNS and not closed.is_set():
             await asyncio.sleep(0)
-            with contextlib.suppress(BlockingIOError):
-                data = data[ours.send(data) :] if data else b""
-            if _received(ours, received) or closed.is_set():
-                turn = 0
-            if closed.is_set() or turn > 50 and _idle(connection):
-                break
+            count = 0
+            with contextlib.suppress(OSError):
+                count = ours.send(data) if data else 0
+            data = data[count:]
+            quiet = 0 if _received(ours, received) or count else quiet + 1
         if not closed.is_set() and not _idle(connection):
             await asyncio.sleep(WAITING_SECONDS)
         _received(ours, received)
