@@ -14,6 +14,8 @@ import socket
 import struct
 from dataclasses import dataclass, replace
 
+TIME_LIMIT = 1 << 61
+"""Nanoseconds since the boot, some 73 years: no clock is there yet."""
 LAYOUT = 2
 
 COMM_MAX = 16
@@ -283,6 +285,8 @@ def decode(record: bytes) -> Event:
         raise MalformedRecord(f"layout {layout}, not {LAYOUT}")
     if size != len(record):
         raise MalformedRecord(f"says {size} bytes, has {len(record)}")
+    if time >= TIME_LIMIT:
+        raise MalformedRecord(f"is from {time} ns after the boot")
     head = Head(flags, time, cgroup, pid, ppid, uid, _text(comm.split(b"\0", 1)[0]))
     match kind:
         case 1:

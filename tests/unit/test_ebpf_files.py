@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aa.ebpf import events
@@ -156,6 +156,7 @@ def test_a_record_that_no_program_makes_is_an_error(record: bytes) -> None:
     ),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
 )
+@example(make.file_record(directory=b"x\0" + WORK, flags=events.OPENED), [(15, 255)])
 def test_damaged_records_are_an_error_or_a_report(
     record: bytes, changes: list[tuple[int, int]]
 ) -> None:

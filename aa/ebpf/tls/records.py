@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass, field
 
-from aa.ebpf.events import HEAD, LAYOUT, Head, MalformedRecord
+from aa.ebpf.events import HEAD, LAYOUT, TIME_LIMIT, Head, MalformedRecord
 
 DATA, END = 1, 2
 
@@ -91,6 +91,8 @@ def decode(record: bytes) -> Data:
     _, layout, kind, flags, time, cgroup, pid, ppid, uid, _, comm = HEAD.unpack_from(record)
     if layout != LAYOUT or kind not in (DATA, END):
         raise MalformedRecord(f"kind {kind} of layout {layout}")
+    if time >= TIME_LIMIT:
+        raise MalformedRecord(f"is from {time} ns after the boot")
     key = record[HEAD.size : HEAD.size + KEY.size]
     born, offset, received, length, captured, library, family, port, address = REST.unpack_from(
         record, HEAD.size + KEY.size
