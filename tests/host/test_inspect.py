@@ -513,6 +513,10 @@ def test_a_model_request_that_nobody_could_count_is_denied_with_what_to_do(
         done = w.curl("-i", "--json", body, f"https://allowed.test:8443{path}")
         assert "403" in done.stdout and words in done.stdout and "llm-usage" in done.stdout
     assert "no model" in w.curl("--json", "{}", "https://allowed.test:8443/v1/messages").stdout
+    socket_head = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+    headers = [x for h in (*socket_head, f"Sec-WebSocket-Key: {'A' * 22}==") for x in ("-H", h)]
+    done = w.curl("-i", "--http1.1", *headers, "https://allowed.test:8443/v1/realtime")
+    assert "403" in done.stdout and "WebSocket" in done.stdout and "llm-usage" in done.stdout
     assert w.peer.seen == []
     told = json.dumps({"model": "small", "stream": True, "stream_options": {"include_usage": True}})
     done = w.curl("-i", "--json", told, "https://allowed.test:8443/v1/chat/completions")

@@ -388,6 +388,9 @@ class Hooks:
         if provider and path in BATCHES and method == "POST":
             why = "what a batch uses is told later, where it cannot be counted"
             return deny(why, rule=LLM_USAGE)
+        if provider and "upgrade" in request.headers:
+            why = "what is used over a WebSocket cannot be counted"
+            return deny(why, rule=LLM_USAGE)
         content_type = request.headers.get("content-type", "")
         if provider and may_be_model_request(method, path, content_type):
             exchange.provider = provider
